@@ -47,7 +47,7 @@ def properties(settings: KafkaSettings, **own: str | int | float | bool) -> dict
 
 def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
     try:
-        return kind({**config, "logger": _LOG} if kind is not AdminClient else dict(config))  # type: ignore[call-arg]
+        return kind(dict(config), logger=_LOG)  # type: ignore[call-arg]
     except KafkaException as error:
         raise SettingsError(f"Kafka settings are refused: {error.args[0].str()}.") from None
 
