@@ -7,9 +7,9 @@ working directory, or the one that `INNERLOOP_CONFIG` names.
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -72,7 +72,7 @@ class SupportSettings(_Section):
 
 
 class IngestSettings(_Section):
-    batch_size: Positive = 20_000
+    batch_size: Annotated[int, Field(gt=0, le=100_000)] = 20_000
     """Most records in one transaction."""
     poll_seconds: Seconds = 0.002
     """How long a poll waits for more once something has come: the price is paid in latency."""
@@ -83,6 +83,12 @@ class IngestSettings(_Section):
     max_record_bytes: Positive = 1_048_576
     breaker_window: Positive = 1_000
     """When more than half of this many records in a row are bad, the worker stops: then the code is wrong."""
+
+    @model_validator(mode="after")
+    def _cache_holds_a_batch(self) -> Self:
+        if self.cached_users < 2 * self.batch_size:
+            raise ValueError("ingest.cached_users must be at least twice ingest.batch_size")
+        return self
 
 
 class AdaptSettings(_Section):

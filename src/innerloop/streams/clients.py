@@ -1,16 +1,17 @@
 """Kafka clients as this project configures them: one place for every property that a guarantee rests on."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import AdminClient
 
 from innerloop.config import KafkaSettings
 from innerloop.errors import ServiceError, SettingsError
 
 Client = TypeVar("Client")
+Value = str | int | float | bool
 _LOG = logging.getLogger("librdkafka")
 
 # Owned by a guarantee: a pass-through that changed them would break it silently.
@@ -23,7 +24,7 @@ _RESERVED = {
 }
 
 
-def properties(settings: KafkaSettings, **own: str | int | float | bool) -> dict[str, Any]:
+def properties(settings: KafkaSettings, **own: Value) -> dict[str, Any]:
     """The librdkafka properties of one client: ours, then what the deployment passes through.
 
     Raises SettingsError when there is no broker address or a pass-through property is one a guarantee rests on.
@@ -52,9 +53,9 @@ def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
         raise SettingsError(f"Kafka settings are refused: {error.args[0].str()}.") from None
 
 
-def consumer(settings: KafkaSettings, group: str, **own: str | int | float | bool) -> Consumer:
+def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
     """A consumer that starts at the oldest record and never commits by itself."""
-    ours: dict[str, str | int | float | bool] = {
+    ours: dict[str, Value] = {
         "group_id": group,
         "enable_auto_commit": False,
         "enable_auto_offset_store": False,
@@ -73,9 +74,11 @@ def consumer(settings: KafkaSettings, group: str, **own: str | int | float | boo
     return _made(Consumer, properties(settings, **{**ours, **own}))
 
 
-def producer(settings: KafkaSettings, **own: str | int | float | bool) -> Producer:
-    """A producer whose flush means: replicated, once, in order."""
-    ours: dict[str, str | int | float | bool] = {
+def producer(
+    settings: KafkaSettings, on_failure: Callable[[KafkaError | None, Message], None] | None = None, **own: Value
+) -> Producer:
+    """A producer whose flush means: replicated, once, in order. `on_failure` is told of what did not arrive."""
+    ours: dict[str, Value] = {
         "enable_idempotence": True,
         "acks": "all",
         "compression_type": "lz4",
@@ -85,7 +88,11 @@ def producer(settings: KafkaSettings, **own: str | int | float | bool) -> Produc
         # Java's partitioner, so that a user is on the same partition whoever produced the record.
         "partitioner": "murmur2_random",
     }
-    return _made(Producer, properties(settings, **{**ours, **own}))
+    config = properties(settings, **{**ours, **own})
+    if on_failure is not None:
+        # Only failures are reported: a callback for each success would cost more than the record.
+        config |= {"on_delivery": on_failure, "delivery.report.only.error": True}
+    return _made(Producer, config)
 
 
 def admin(settings: KafkaSettings) -> AdminClient:

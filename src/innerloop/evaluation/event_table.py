@@ -1,0 +1,163 @@
+"""Reading a shop's past events from a file into the one table that training and replay use.
+
+An event table is a polars DataFrame, sorted by event_time (events of one millisecond keep their order), with
+
+    event_id    String   unique
+    event_type  String   click, cart, favorite, purchase, impression; other names as they come, in lower case
+    user_id     String
+    item_id     String
+    event_time  Int64    epoch milliseconds
+
+and, where the file has them, session_id, category, currency, ad_id (String), price, value (Float64), quantity (Int64).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from innerloop.errors import SettingsError
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "event_id": ("event_id",),
+    "event_type": ("event_type", "event", "behavior", "behaviour", "action_type", "type"),
+    "user_id": ("user_id", "userid", "visitorid", "visitor_id", "customer_id"),
+    "item_id": ("item_id", "itemid", "product_id", "article_id"),
+    "event_time": ("event_time", "ts_ms", "timestamp", "time", "ts"),
+    "session_id": ("session_id", "user_session"),
+    "category": ("category", "category_id", "categoryid", "category_code"),
+    "price": ("price",),
+    "quantity": ("quantity",),
+    "currency": ("currency",),
+    "value": ("value",),
+    "ad_id": ("ad_id",),
+}
+_REQUIRED = ("user_id", "item_id", "event_time")
+_NUMBERS: dict[str, pl.DataType] = {"price": pl.Float64(), "value": pl.Float64(), "quantity": pl.Int64()}
+_TYPES = {
+    "click": ("click", "view", "pv", "view_item", "select_item", "product_view", "detail", "clickout_item"),
+    "cart": ("cart", "add_to_cart", "addtocart", "add-to-cart"),
+    "favorite": ("favorite", "favourite", "fav", "like", "add_to_wishlist", "wishlist"),
+    "purchase": ("purchase", "buy", "transaction", "order", "checkout"),
+    "impression": ("impression", "view_item_list", "view_promotion"),
+}
+_SYNONYMS = {name: kind for kind, names in _TYPES.items() for name in names}
+# Epoch numbers by size: seconds until the year 5138, then milliseconds, microseconds, nanoseconds.
+_SECONDS, _MILLISECONDS, _MICROSECONDS = 1e11, 1e14, 1e17
+
+
+def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
+    """Read a .csv, .jsonl / .ndjson or .parquet file of events into an event table.
+
+    `columns` maps names of the table to names in the file (`{"item_id": "sku"}`) and goes before the usual names.
+    Raises SettingsError when the file is missing or unreadable, or a column cannot be found or understood.
+    """
+    path = Path(path)
+    raw = _read(path)
+    found = _find_columns(raw, columns or {}, path)
+    table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
+    table = _typed(table, path)
+    if "event_id" not in table.columns:
+        table = table.with_columns(_event_ids(table))
+    order = [name for name in _NAMES if name in table.columns]
+    return table.select(order).sort("event_time", maintain_order=True)
+
+
+def _read(path: Path) -> pl.DataFrame:
+    readers = {
+        ".csv": lambda: pl.read_csv(path, infer_schema_length=10_000),
+        ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=10_000),
+        ".ndjson": lambda: pl.read_ndjson(path, infer_schema_length=10_000),
+        ".parquet": lambda: pl.read_parquet(path),
+    }
+    if not path.is_file():
+        raise SettingsError(f"{path} is not a file: name a CSV, JSON Lines or Parquet file of events.")
+    if path.suffix.lower() not in readers:
+        raise SettingsError(f"{path} ends in none of {', '.join(readers)}: convert it or rename it.")
+    try:
+        return readers[path.suffix.lower()]()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise SettingsError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}.") from None
+
+
+def _find_columns(raw: pl.DataFrame, mapped: Mapping[str, str], path: Path) -> dict[str, str]:
+    there = f"{path} has the columns {', '.join(raw.columns) or '(none)'}"
+    for ours, theirs in mapped.items():
+        if ours not in _NAMES:
+            raise SettingsError(f"{ours} is no column of the event table: those are {', '.join(_NAMES)}.")
+        if theirs not in raw.columns:
+            raise SettingsError(f"{there}, none of them {theirs}, which {ours} is mapped to.")
+    lower = {name.lower(): name for name in reversed(raw.columns)}
+    found = {ours: next((lower[n] for n in names if n in lower), None) for ours, names in _NAMES.items()}
+    found |= mapped
+    for ours in _REQUIRED:
+        if found[ours] is None:
+            raise SettingsError(f"{there}, none of which is known as {ours}: map one with columns {ours}=NAME.")
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
+    kind = pl.lit("click") if "event_type" not in table.columns else _event_type()
+    identifiers = [name for name in table.columns if name not in _NUMBERS and name not in ("event_time", "event_type")]
+    table = table.with_columns(
+        _event_time(table["event_time"], path),
+        kind.alias("event_type"),
+        *(_identifier(table[name]) for name in identifiers),
+        *(pl.col(name).cast(dtype, strict=False) for name, dtype in _NUMBERS.items() if name in table.columns),
+    )
+    for name in _REQUIRED:
+        if empty := table[name].null_count():
+            raise SettingsError(f"{path} has {empty} rows without a usable {name}: remove them or map another column.")
+    return table
+
+
+def _event_type() -> pl.Expr:
+    name = pl.col("event_type").cast(pl.String).str.strip_chars().str.to_lowercase()
+    return name.replace(_SYNONYMS).fill_null("click")
+
+
+def _identifier(column: pl.Series) -> pl.Series:
+    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12."""
+    if column.dtype.is_float() and bool((column.drop_nulls() % 1 == 0).all()):
+        column = column.cast(pl.Int64)
+    text = column.cast(pl.String)
+    return text.replace("", None)
+
+
+def _event_time(column: pl.Series, path: Path) -> pl.Series:
+    """Epoch milliseconds from numbers (unit by size), dates, RFC 3339 text or numbers as text."""
+    if column.dtype == pl.String:
+        numbers = column.cast(pl.Float64, strict=False)
+        if numbers.null_count() > column.null_count():
+            return _parsed(column, path)
+        column = numbers
+    if column.dtype.is_temporal():
+        return column.cast(pl.Datetime("ms")).cast(pl.Int64)
+    if not column.dtype.is_numeric():
+        raise SettingsError(f"{path} has times of type {column.dtype}: give epoch numbers or RFC 3339 text.")
+    largest = float(column.abs().max() or 0)  # type: ignore[arg-type]
+    if largest < _SECONDS:
+        return (column.cast(pl.Float64) * 1000).round().cast(pl.Int64)
+    divisor = 1 if largest < _MILLISECONDS else 1_000 if largest < _MICROSECONDS else 1_000_000
+    return column.cast(pl.Int64) // divisor
+
+
+def _parsed(column: pl.Series, path: Path) -> pl.Series:
+    """RFC 3339 and its usual loosenings: a blank for the T, no offset (UTC), ` UTC` at the end."""
+    text = column.str.strip_chars().str.replace(r"\s*(UTC|Z|z)$", "+00:00").str.replace(" ", "T", literal=True)
+    text = pl.select(
+        pl.when(text.str.contains(r"[+-]\d\d:?\d\d$")).then(text).otherwise(text + "+00:00").alias(column.name)
+    ).to_series()
+    times = text.str.to_datetime(format="%+", time_unit="ms", time_zone="UTC", strict=False)
+    if unread := times.null_count() - column.null_count():
+        example = column.filter(times.is_null() & column.is_not_null())[0]
+        raise SettingsError(f"{path} has {unread} times that are not RFC 3339, such as {example!r}: correct them.")
+    return times.cast(pl.Int64)
+
+
+def _event_ids(table: pl.DataFrame) -> pl.Series:
+    """Names from row number and contents, not from the file's name: the same on every run, never twice."""
+    rows = table.select("user_id", "item_id", "event_type", "event_time").iter_rows()
+    names = (f"{n}|{'|'.join(map(str, row))}" for n, row in enumerate(rows))
+    return pl.Series("event_id", [hashlib.blake2b(n.encode(), digest_size=12).hexdigest() for n in names], pl.String)

@@ -1,0 +1,132 @@
+"""Messages in: decoding of one event record, and what makes it a dead letter."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from enum import IntEnum
+from typing import Annotated, Literal
+
+import msgspec
+
+from innerloop.errors import DeadLetterError, Reason
+
+MAX_IDENTIFIER_BYTES = 256
+
+
+class EventType(IntEnum):
+    """The code under which an event's type is stored."""
+
+    CLICK = 1
+    CART = 2
+    FAVORITE = 3
+    PURCHASE = 4
+
+
+CODES: dict[str, int] = {kind.name.lower(): int(kind) for kind in EventType}
+
+Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_BYTES)]
+EpochMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+class Event(msgspec.Struct, gc=False):
+    """A click or purchase as the wire contract (`schemas/event.v1.json`) has it; unknown fields are ignored."""
+
+    event_id: Identifier
+    event_type: Literal["click", "cart", "favorite", "purchase"]
+    user_id: Identifier
+    item_id: Identifier
+    event_time: EpochMilliseconds | Annotated[datetime, msgspec.Meta(tz=True)]
+    session_id: str | None = None
+    ad_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_BYTES)] | None = None
+    price: float | None = None
+    quantity: float | None = None
+    currency: str | None = None
+    value: float | None = None
+
+    @property
+    def time_ms(self) -> int:
+        """`event_time` as epoch milliseconds."""
+        time = self.event_time
+        return time if isinstance(time, int) else int(time.timestamp() * 1000)
+
+
+_DECODER = msgspec.json.Decoder(Event)
+
+
+def decode(record: bytes | None, *, latest_ms: int = 2**53, max_bytes: int = 1_048_576) -> Event:
+    """Decode one record's value; `latest_ms` is the latest event time (epoch ms) that is still believed.
+
+    The event's `event_time` comes back as epoch milliseconds. Raises DeadLetterError with the reason and a message
+    that names the field and what is wrong with it.
+    """
+    if not record:
+        raise DeadLetterError(Reason.UNDECODABLE, "the record is empty")
+    if len(record) > max_bytes:
+        raise DeadLetterError(Reason.TOO_LARGE, f"the record has {len(record)} bytes, more than {max_bytes}")
+    try:
+        event = _DECODER.decode(record)
+    except msgspec.ValidationError as error:
+        raise DeadLetterError(Reason.INVALID_FIELD, _field_first(str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DeadLetterError(Reason.UNDECODABLE, f"the record is not JSON: {error}") from None
+    _check_identifiers(event)
+    time = event.time_ms
+    if not 0 <= time <= latest_ms:
+        why = "before 1970" if time < 0 else "too far ahead of this machine's clock"
+        raise DeadLetterError(Reason.INVALID_FIELD, f"event_time: {time} is {why}")
+    event.event_time = time
+    return event
+
+
+def decode_many(
+    records: Sequence[bytes | None], *, latest_ms: int, max_bytes: int
+) -> tuple[list[Event], list[int], list[tuple[int, DeadLetterError]]]:
+    """Decode a batch: the events, the position of each in `records`, and what is bad with its position.
+
+    The common record costs one call into msgspec; everything else goes through `decode`, which also says why.
+    """
+    events, positions, bad = [], [], []
+    fast = _DECODER.decode
+    for position, record in enumerate(records):
+        try:
+            # JSON never makes text shorter than its UTF-8, so a short record cannot hold a long identifier.
+            if record is not None and len(record) <= MAX_IDENTIFIER_BYTES and b"\\u0000" not in record:
+                event = fast(record)
+                if type(event.event_time) is not int or event.event_time > latest_ms:
+                    event = decode(record, latest_ms=latest_ms, max_bytes=max_bytes)
+            else:
+                event = decode(record, latest_ms=latest_ms, max_bytes=max_bytes)
+        except DeadLetterError as error:
+            bad.append((position, error))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            bad.append((position, _why(record, latest_ms, max_bytes)))
+        else:
+            events.append(event)
+            positions.append(position)
+    return events, positions, bad
+
+
+def _why(record: bytes | None, latest_ms: int, max_bytes: int) -> DeadLetterError:
+    try:
+        decode(record, latest_ms=latest_ms, max_bytes=max_bytes)
+    except DeadLetterError as error:
+        return error
+    raise AssertionError("a record that failed to decode decoded the second time")
+
+
+def _field_first(message: str) -> str:
+    """msgspec says "Expected ... - at `$.user_id`"; operators group by the field."""
+    what, _, where = message.partition(" - at `$.")
+    if where:
+        return f"{where.rstrip('`')}: {what}"
+    return message.replace("Object missing required field", "missing field")
+
+
+def _check_identifiers(event: Event) -> None:
+    for name in ("event_id", "user_id", "item_id", "ad_id", "session_id"):
+        value = getattr(event, name)
+        if value is None:
+            continue
+        if len(value.encode()) > MAX_IDENTIFIER_BYTES:
+            raise DeadLetterError(Reason.INVALID_FIELD, f"{name}: longer than {MAX_IDENTIFIER_BYTES} bytes")
+        if "\0" in value:
+            raise DeadLetterError(Reason.INVALID_FIELD, f"{name}: contains a NUL character")

@@ -1,0 +1,35 @@
+"""The best items of each task, exactly, over the whole catalogue."""
+
+import torch
+from torch import Tensor
+
+_SCORES = 1_000_000  # held at once: 4 MB, near what a core's cache keeps between the product and the search
+
+
+def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the k best items of each task: indices [T, k] int64 and scores [T, k], best first.
+
+    `parameters` [T, d], `vectors` [N, d], `excluded` [T, E] int64 holds items to leave out, padded with -1. With fewer
+    than k items k is N. Left-out items have score -inf and come last. The order of equal scores is not defined.
+
+    torch.topk row by row is quick enough: searching only the blocks of 64 items with the k best maxima was tried and
+    gained nothing (50 of 10 thousand items, 1024 tasks, one thread: 63 ms against 51, of which the product is 20).
+    """
+    k = min(k, len(vectors))
+    chunk = max(1, _SCORES // max(1, len(vectors)))
+    indices = torch.empty(len(parameters), k, dtype=torch.int64, device=parameters.device)
+    values = parameters.new_empty(len(parameters), k)
+    for first in range(0, len(parameters), chunk):
+        some = slice(first, first + chunk)
+        scores = parameters[some] @ vectors.T  # [t, N]
+        if excluded is not None:
+            _leave_out(scores, excluded[some])
+        values[some], indices[some] = scores.topk(k)
+    return indices, values
+
+
+def _leave_out(scores: Tensor, excluded: Tensor) -> None:
+    """Set scores [T, N] to -inf at excluded [T, E], in place; -1 is padding."""
+    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(excluded)
+    real = excluded >= 0
+    scores[rows[real], excluded[real]] = float("-inf")

@@ -1,0 +1,165 @@
+"""A release: everything that serving needs, as two files that name each other.
+
+`release-<version>.safetensors` holds the tensors and the identifiers, `release-<version>.json` is the card: what it was
+made from, how good it was, and the SHA-256 of the other file. Nothing in either can run code. The card is written last,
+so a card on disk means a whole release.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from innerloop.errors import SettingsError
+from innerloop.learning.encoder import Encoder
+from innerloop.learning.heads import RESTORE, Head
+
+_HEAD = "head."
+
+
+class DataSummary(msgspec.Struct, frozen=True):
+    """What the release was learned from; times are epoch milliseconds."""
+
+    events: int
+    users: int
+    items: int
+    first_event_time: int
+    last_event_time: int
+
+
+class Card(msgspec.Struct, frozen=True):
+    """`metrics` are those of held-out clicks, `settings` include what was chosen on others of them."""
+
+    version: int
+    created: str
+    method: str
+    dimension: int
+    data: DataSummary
+    metrics: dict[str, float]
+    settings: dict[str, float | int | None]
+    innerloop: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    card: Card
+    encoder: Encoder
+    head: Head
+
+    @property
+    def version(self) -> int:
+        return self.card.version
+
+    @property
+    def item_ids(self) -> list[str]:
+        return self.encoder.item_ids
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """The vectors of `item_ids`, [N, d] float32."""
+        return self.encoder.vectors
+
+    def vectors_for(self, item_ids: Sequence[str], categories: Sequence[str | None] | None = None) -> Tensor:
+        """Return the vectors [N, d] of any items, known to the release or not."""
+        return self.encoder.vectors_for(item_ids, categories)
+
+
+def save(release: Release, directory: Path | str) -> Path:
+    """Write both files, each under a temporary name first, and return the card's path.
+
+    Raises SettingsError when the directory can't be written to.
+    """
+    directory, name = Path(directory), f"release-{release.version}"
+    tensors = {f"{_HEAD}{key}": value for key, value in release.head.state().items()} | {
+        "item_vectors": release.encoder.vectors,
+        "item_ids": _as_tensor(release.encoder.item_ids),
+        "category_vectors": release.encoder.category_vectors,
+        "categories": _as_tensor(release.encoder.categories),
+    }
+    content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()})
+    card = msgspec.structs.replace(release.card, sha256=hashlib.sha256(content).hexdigest())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / f"{name}.safetensors", content)
+        _write(directory / f"{name}.json", msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
+    except OSError as error:
+        raise SettingsError(f"Release {release.version} cannot be written to {directory}: {error.strerror}.") from None
+    return directory / f"{name}.json"
+
+
+def load(card_path: Path | str) -> Release:
+    """Read and check a release. Raises SettingsError when a file is missing, was changed, or doesn't fit together."""
+    card_path = Path(card_path)
+    card = _read_card(card_path)
+    content = _read(card_path.with_suffix(".safetensors"))
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise SettingsError(f"The tensors of {card_path} are not those its card was written for: fetch both again.")
+    try:
+        tensors = safetensors.torch.load(content)
+        encoder = Encoder(
+            item_ids=_as_names(tensors["item_ids"]),
+            vectors=tensors["item_vectors"],
+            categories=_as_names(tensors["categories"]),
+            category_vectors=tensors["category_vectors"],
+        )
+        head = RESTORE[card.method](
+            {key.removeprefix(_HEAD): value for key, value in tensors.items() if key.startswith(_HEAD)}
+        )
+    except (KeyError, ValueError, TypeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
+        raise SettingsError(f"{card_path} is no release that this version can read: {error!r}.") from None
+    _check_shapes(card, encoder, head, card_path)
+    return Release(card, encoder, head)
+
+
+def _check_shapes(card: Card, encoder: Encoder, head: Head, path: Path) -> None:
+    d = card.dimension
+    expected = {
+        "item vectors": (encoder.vectors, (len(encoder.item_ids), d)),
+        "category vectors": (encoder.category_vectors, (len(encoder.categories), d - 2)),
+        "prior": (head.prior, (d,)),
+    }
+    for what, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+            raise SettingsError(f"{path} has {what} that are not finite float32 of shape {shape}: train it again.")
+
+
+def _read_card(path: Path) -> Card:
+    try:
+        return msgspec.json.decode(_read(path), type=Card)
+    except msgspec.MsgspecError as error:
+        raise SettingsError(f"{path} is no release card: {error}.") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read ({error.strerror}): run innerloop train or name a release."
+        ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a reader sees the old file or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _as_tensor(names: Sequence[str]) -> Tensor:
+    return torch.frombuffer(bytearray(msgspec.json.encode(list(names))), dtype=torch.uint8)
+
+
+def _as_names(tensor: Tensor) -> list[str]:
+    return msgspec.json.decode(tensor.numpy().tobytes(), type=list[str])

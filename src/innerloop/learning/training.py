@@ -1,0 +1,247 @@
+"""The outer loop: from a history of events to a release.
+
+1. The last fifth of the history is held out; an encoder is learned on the rest.
+2. The popularity's half-life, then the head's three numbers (how fast examples age, how much one says, how much an item
+   that wasn't clicked says) are chosen one at a time, by hit@20 on one half of a sample of held-out clicks. For each
+   candidate the prior is learned anew by EM.
+3. The release's metrics are measured on the other half of that sample.
+4. Encoder and prior are learned once more, on all of the history, with what was chosen.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Protocol
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from innerloop.errors import SettingsError
+from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
+from innerloop.learning.episodes import Log, log_of
+from innerloop.learning.heads import BayesHead, Head, NoneHead
+from innerloop.learning.heads.bayes import learn_prior
+from innerloop.learning.releases import Card, DataSummary, Release
+
+Progress = Callable[[str, float], None]
+
+_HELD_OUT = 0.2
+_LEAST_EVENTS = 100
+_SELECTION_TASKS, _FINAL_TASKS = 500, 4_000
+_SAMPLE = 2_000
+_RANKED_AT_ONCE = 128
+_INF = float("inf")
+
+
+class Settings(Protocol):
+    """What training needs of config.LearningSettings."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def dimension(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen on held-out clicks. Half-lives are in seconds, inf is no decay."""
+
+    popularity_half_life: float = _INF
+    half_life: float = 21_600.0
+    noise: float = 0.2
+    alpha: float = 0.03
+
+
+_CANDIDATES: dict[str, tuple[float, ...]] = {
+    "half_life": (900.0, 3_600.0, 21_600.0, 86_400.0, _INF),
+    "noise": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "alpha": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+}
+_POPULARITY_HALF_LIVES = (_INF, 604_800.0, 86_400.0, 21_600.0, 3_600.0)
+
+
+def train(
+    history: pl.DataFrame,
+    *,
+    settings: Settings,
+    weights: Mapping[str, float],
+    capacity: int,
+    version: int,
+    progress: Progress | None = None,
+) -> Release:
+    """Learn a release from an event table; `weights` by event type and `capacity` are those of the support sets.
+
+    `progress` is called with what is being done and the share that is done. Raises SettingsError when the history is
+    too small or the method is unknown. The same history and seed give the same release on the same machine.
+    """
+    if settings.method not in _HEADS:
+        raise SettingsError(f"learning.method is {settings.method}: choose one of {', '.join(_HEADS)}.")
+    tell = progress or (lambda _what, _share: None)
+    lesson = _Lesson(history, settings, weights, capacity)
+    tell("encoder on the first four fifths", 0.0)
+    choice, metrics = lesson.choose(tell)
+    tell("encoder on everything", 0.75)
+    log = lesson.log_of(history)
+    encoder = with_popularity(lesson.encoder_of(log, history), log, choice.popularity_half_life)
+    tell("prior", 0.85)
+    head = lesson.teach(log, encoder.vectors, choice, _FINAL_TASKS)
+    tell("done", 1.0)
+    return Release(card=_card(history, settings, version, choice, metrics), encoder=encoder, head=head)
+
+
+class _Lesson:
+    """One training run: the history and the settings that every step needs."""
+
+    def __init__(self, history: pl.DataFrame, settings: Settings, weights: Mapping[str, float], capacity: int) -> None:
+        if history.height < _LEAST_EVENTS:
+            raise SettingsError(f"The history has {history.height} events; training needs {_LEAST_EVENTS} or more.")
+        self.history, self.settings, self.weights, self.capacity = history, settings, weights, capacity
+        self.random = torch.Generator().manual_seed(settings.seed)
+
+    def log_of(self, events: pl.DataFrame, item_ids: list[str] | None = None) -> Log:
+        return log_of(events, self.weights, item_ids or events["item_id"].unique().sort().to_list())
+
+    def encoder_of(self, log: Log, events: pl.DataFrame) -> Encoder:
+        return learn_encoder(log, self.settings.dimension, _categories(events), self.settings.seed)
+
+    def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
+        """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
+        last = torch.cat([log.first[1:] != log.first[:-1], torch.tensor([True])]).nonzero().squeeze(1)
+        rows = last[torch.randperm(len(last), generator=self.random)[:tasks]]
+        return _HEADS[self.settings.method](log, vectors, rows, choice, self.capacity)
+
+    def choose(self, tell: Progress) -> tuple[Choice, dict[str, float]]:
+        early = self.history.head(round(self.history.height * (1.0 - _HELD_OUT)))
+        log = self.log_of(early)
+        encoder = self.encoder_of(log, early)
+        items = self.history["item_id"].unique().sort().to_list()
+        whole, early_log = self.log_of(self.history, items), self.log_of(early, items)
+        rows = self._held_out_clicks(whole, int(early["event_time"][-1]))
+        tuning, test = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+        names = _categories(self.history)
+
+        def vectors_of(half_life: float) -> Tensor:
+            counted = with_popularity(encoder, log, half_life)
+            return counted.vectors_for(items, [names.get(item) for item in items])
+
+        choice = Choice(popularity_half_life=_popularity_half_life(vectors_of, whole.items[tuning]))
+        vectors = vectors_of(choice.popularity_half_life)
+
+        def head_of(candidate: Choice) -> Head:
+            return self.teach(early_log, vectors, candidate, _SELECTION_TASKS)
+
+        def quality(candidate: Choice) -> float:
+            ranks = ranks_of(whole, tuning, vectors, head_of(candidate), self.capacity)
+            return hit_rate(ranks, 20) + 0.1 * hit_rate(ranks, 50)
+
+        if self.settings.method == BayesHead.name:
+            choice = _one_at_a_time(choice, quality, tell)
+        head = head_of(choice)
+        ranks = ranks_of(whole, test, vectors, head, self.capacity)
+        prior = ranks_of(whole, test, vectors, NoneHead(head.prior), self.capacity)
+        metrics = {f"hit@{k}": hit_rate(ranks, k) for k in (20, 50)}
+        metrics |= {f"unadapted_hit@{k}": hit_rate(prior, k) for k in (20, 50)}
+        return choice, metrics | {"clicks": float(len(test))}
+
+    def _held_out_clicks(self, log: Log, cut: int) -> Tensor:
+        """Rows after `cut` (epoch ms) of tasks that have an example by then, at most `_SAMPLE`, in random order."""
+        at = torch.arange(len(log.items))
+        rows = at[(log.times > cut) & (at > log.first)]
+        return rows[torch.randperm(len(rows), generator=self.random)[:_SAMPLE]]
+
+
+def _bayes(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int) -> Head:
+    return learn_prior(
+        log.support(rows, vectors, capacity),
+        vectors.T @ vectors,
+        alpha=choice.alpha,
+        noise=choice.noise,
+        half_life=choice.half_life,
+    ).head()
+
+
+def _none(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int) -> Head:
+    return NoneHead(_bayes(log, vectors, rows, choice, capacity).prior)
+
+
+_HEADS = {BayesHead.name: _bayes, NoneHead.name: _none}
+
+
+def ranks_of(log: Log, rows: Tensor, vectors: Tensor, head: Head, capacity: int) -> Tensor:
+    """For each event of rows [T] the rank [T] of its item among vectors [N, d] just before it; 0 is best."""
+    ranks = [torch.empty(0, dtype=torch.int64)]
+    for first in range(0, len(rows), _RANKED_AT_ONCE):
+        some = rows[first : first + _RANKED_AT_ONCE]
+        scores = head.adapt(log.support(some, vectors, capacity)) @ vectors.T  # [t, N]
+        ranks.append(_ranks(scores, log.items[some]))
+    return torch.cat(ranks)
+
+
+def hit_rate(ranks: Tensor, k: int) -> float:
+    """Return the share of ranks [T] below k; 0 for none."""
+    return float((ranks < k).float().mean()) if len(ranks) else 0.0
+
+
+def _ranks(scores: Tensor, items: Tensor) -> Tensor:
+    """How many of scores [T, N] are above that of items [T], plus half of those equal: a tie earns nothing."""
+    own = scores.gather(1, items.unsqueeze(1))
+    return (scores > own).sum(1) + ((scores == own).sum(1) - 1) // 2
+
+
+def _popularity_half_life(vectors_of: Callable[[float], Tensor], items: Tensor) -> float:
+    """Choose the longest half-life that no shorter one beats by a tenth: how many of items [T] are in the top 50.
+
+    A short half-life counts few events: where popularity doesn't move, its small gains are noise.
+    """
+    chosen, best = _INF, 0.0
+    for half_life in _POPULARITY_HALF_LIVES:
+        popularity = vectors_of(half_life)[:, -FIXED]
+        reached = hit_rate(_ranks(popularity.expand(len(items), -1), items), 50)
+        if reached > 1.1 * best:
+            chosen, best = half_life, reached
+    return chosen
+
+
+def _one_at_a_time(choice: Choice, quality: Callable[[Choice], float], tell: Progress) -> Choice:
+    """Coordinate ascent: one round over `_CANDIDATES`, in their order; an equal candidate doesn't replace the best."""
+    best, done, total = quality(choice), 0, sum(map(len, _CANDIDATES.values()))
+    for name, values in _CANDIDATES.items():
+        for value in values:
+            tell("choosing on held-out clicks", 0.1 + 0.65 * done / total)
+            candidate, done = replace(choice, **{name: value}), done + 1
+            if candidate != choice and (reached := quality(candidate)) > best:
+                best, choice = reached, candidate
+    return choice
+
+
+def _categories(events: pl.DataFrame) -> dict[str, str]:
+    """Each item's newest category, where it has one."""
+    if "category" not in events.columns:
+        return {}
+    newest = events.drop_nulls("category").group_by("item_id").agg(pl.col("category").last())
+    return dict(newest.iter_rows())
+
+
+def _card(history: pl.DataFrame, settings: Settings, version: int, choice: Choice, metrics: dict[str, float]) -> Card:
+    chosen = {name: None if value == _INF else value for name, value in asdict(choice).items()}
+    return Card(
+        version=version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        method=settings.method,
+        dimension=settings.dimension,
+        data=DataSummary(
+            events=history.height,
+            users=history["user_id"].n_unique(),
+            items=history["item_id"].n_unique(),
+            first_event_time=int(history["event_time"][0]),
+            last_event_time=int(history["event_time"][-1]),
+        ),
+        metrics=metrics,
+        settings={"seed": settings.seed, **chosen},
+        innerloop=importlib.metadata.version("innerloop"),
+    )

@@ -1,0 +1,14 @@
+"""Sums over the tables, for reports that must add up."""
+
+from sqlalchemy import Connection, text
+
+
+def events_handled(connection: Connection) -> int:
+    """Event records whose transaction has committed, over all partitions: what the ledger says."""
+    return int(connection.execute(text("SELECT coalesce(sum(next_offset), 0) FROM partition_ledger")).scalar_one())
+
+
+def versions(connection: Connection) -> dict[str, int]:
+    """The version of every user's support set."""
+    rows = connection.execute(text("SELECT user_id, version FROM support_sets"))
+    return {row.user_id: row.version for row in rows}

@@ -1,0 +1,34 @@
+"""The register of releases: which there are, and where their files lie."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True)
+class RegisteredRelease:
+    version: int
+    location: str
+    """Path of the release's card (JSON); the weights lie beside it."""
+    card: dict[str, Any]
+
+
+def next_version(connection: Connection) -> int:
+    """One above the newest; two trainings at once collide on the primary key and the second is told."""
+    return int(connection.execute(text("SELECT coalesce(max(version), 0) + 1 FROM releases")).scalar_one())
+
+
+def register(connection: Connection, version: int, card: dict[str, Any], location: str) -> None:
+    """Add a release; workers load it within their refresh interval."""
+    connection.execute(
+        text("INSERT INTO releases (version, card, location) VALUES (:version, cast(:card AS jsonb), :location)"),
+        {"version": version, "card": json.dumps(card), "location": location},
+    )
+
+
+def newest(connection: Connection) -> RegisteredRelease | None:
+    """The release in force, or None before the first training."""
+    row = connection.execute(text("SELECT version, location, card FROM releases ORDER BY version DESC LIMIT 1")).first()
+    return None if row is None else RegisteredRelease(row.version, row.location, row.card)

@@ -1,0 +1,73 @@
+"""What one poll brought, by column: the processors work on lists, not on messages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from confluent_kafka import Message
+
+Partition = tuple[str, int]
+"""(topic, partition)"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record with everything a dead letter repeats."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+
+
+class Batch:
+    """Messages of one poll, in offset order within each partition, none of them an error."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @cached_property
+    def values(self) -> list[bytes | None]:
+        return [message.value() for message in self._messages]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return [message.offset() or 0 for message in self._messages]
+
+    @cached_property
+    def partitions(self) -> list[Partition]:
+        return [(message.topic() or "", message.partition() or 0) for message in self._messages]
+
+    @cached_property
+    def next_offsets(self) -> dict[Partition, int]:
+        """By partition, the offset after the last record here: the later of equal keys wins in a dict."""
+        return {partition: last + 1 for partition, last in zip(self.partitions, self.offsets, strict=True)}
+
+    @cached_property
+    def first_offsets(self) -> dict[Partition, int]:
+        return dict(zip(reversed(self.partitions), reversed(self.offsets), strict=True))
+
+    def timestamp_ms(self, position: int) -> int:
+        """When the record was produced, by the broker's or producer's clock."""
+        return int(self._messages[position].timestamp()[1])
+
+    def record(self, position: int) -> Record:
+        message = self._messages[position]
+        (topic, partition), headers = self.partitions[position], message.headers() or []
+        pairs = tuple((name, value if isinstance(value, bytes) else None) for name, value in headers)
+        key, value = message.key(), self.values[position]
+        stamp = self.timestamp_ms(position)
+        return Record(topic, partition, self.offsets[position], stamp, key, value, pairs)  # type: ignore[arg-type]
+
+    def keeping(self, wanted: Callable[[Partition], bool]) -> "Batch":
+        """The records of the partitions that are wanted; itself when that is all of them."""
+        if all(map(wanted, self.next_offsets)):
+            return self
+        pairs = zip(self._messages, self.partitions, strict=True)
+        return Batch([message for message, partition in pairs if wanted(partition)])

@@ -1,0 +1,182 @@
+"""How far a consumer group is behind, in records and in seconds, as any tool outside sees it: by committed offsets."""
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from innerloop.config import Settings
+from innerloop.errors import ServiceError
+from innerloop.streams import clients
+from innerloop.streams.topics import partition_counts
+
+Partition = tuple[str, int]
+
+_ANSWER_SECONDS = 10.0
+_COUNTS_SECONDS = 30.0  # as long as clients take to see new partitions
+_READ_SECONDS = 2.0
+_UNTYPED: Any = OffsetSpec  # the stubs leave its constructors untyped
+_EARLIEST, _LATEST = _UNTYPED.earliest(), _UNTYPED.latest()
+_MOVING = frozenset(
+    {
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_COORDINATOR,
+    }
+)
+
+
+class PartitionLag(msgspec.Struct, frozen=True):
+    """One partition's lag.
+
+    `committed` is the group's offset, None before its first commit; `end` the log's end; `offsets` how many offsets
+    are not yet committed; `seconds` how long ago the oldest of them was written: 0.0 when there are none, None when it
+    could not be read in time.
+    """
+
+    group: str
+    topic: str
+    partition: int
+    committed: int | None
+    end: int
+    offsets: int
+    seconds: float | None
+
+
+def group_lag(settings: Settings, group: str, topics: Iterable[str]) -> list[PartitionLag]:
+    """Give the lag once; raises ServiceError when no broker answers or a topic does not exist."""
+    with LagReader(settings) as reader:
+        return reader.read(group, topics)
+
+
+class LagReader:
+    """Reads lag again and again, over open connections: about a millisecond a time where nothing lags."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._admin: AdminClient = clients.admin(settings.kafka)
+        self._counts: dict[str, int] = {}
+        self._counted_at = float("-inf")
+        self._written: dict[Partition, tuple[int, float]] = {}  # offset asked for, when it was written (epoch s)
+        self._consumer = clients.consumer(
+            settings.kafka,
+            "innerloop-lag",  # a name only: it neither joins nor commits
+            enable_partition_eof=True,
+            queued_min_messages=1,  # one record of each partition is wanted, not the log
+            queued_max_messages_kbytes=1_024,
+            fetch_message_max_bytes=65_536,
+            fetch_wait_max_ms=10,
+            fetch_queue_backoff_ms=10,  # else a full queue delays the next question by a second
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def read(self, group: str, topics: Iterable[str]) -> list[PartitionLag]:
+        """Give the lag of `group` over every partition of `topics`, in order.
+
+        A partition without a committed offset counts from the log's start, and so does one whose committed offset the
+        broker has deleted since. Raises ServiceError when no broker answers or a topic does not exist.
+        """
+        partitions = self._partitions(list(topics))
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            try:
+                return self._read(group, partitions)
+            except KafkaException as error:  # a leader or coordinator is moving
+                if error.args[0].code() not in _MOVING or time.monotonic() > deadline:
+                    raise self._unanswered(error.args[0].str()) from None
+                time.sleep(0.05)
+            except TimeoutError:
+                raise self._unanswered("no answer in time") from None
+
+    def _read(self, group: str, partitions: list[Partition]) -> list[PartitionLag]:
+        # Asked for at once, answered at once. The end is asked for with the others, so a lag may be a few records old.
+        committing = self._admin.list_consumer_group_offsets(
+            [ConsumerGroupTopicPartitions(group, [TopicPartition(*each) for each in partitions])],
+            request_timeout=_ANSWER_SECONDS,
+        )
+        starting = self._watermarks(partitions, _EARLIEST)
+        ending = self._watermarks(partitions, _LATEST)
+        answer = _answer(committing[group]).topic_partitions
+        committed = {(each.topic, each.partition): each.offset for each in answer}
+        starts = {each: _answer(future).offset for each, future in starting.items()}
+        ends = {each: _answer(future).offset for each, future in ending.items()}
+        next_ = {each: min(max(committed[each], starts[each]), ends[each]) for each in partitions}
+        seconds = self._ages({each: next_[each] for each in partitions if next_[each] < ends[each]})
+        return [
+            PartitionLag(
+                group=group,
+                topic=each[0],
+                partition=each[1],
+                committed=committed[each] if committed[each] >= 0 else None,
+                end=ends[each],
+                offsets=ends[each] - next_[each],
+                seconds=seconds.get(each) if next_[each] < ends[each] else 0.0,
+            )
+            for each in partitions
+        ]
+
+    def _partitions(self, topics: list[str]) -> list[Partition]:
+        stale = time.monotonic() - self._counted_at > _COUNTS_SECONDS
+        if stale or any(topic not in self._counts for topic in topics):
+            self._counts |= partition_counts(self._settings, topics)
+            self._counted_at = time.monotonic()
+        return [(topic, number) for topic in topics for number in range(self._counts[topic])]
+
+    def _watermarks(self, partitions: list[Partition], which: Any) -> "dict[Partition, Future[Any]]":
+        asked = {TopicPartition(*each): which for each in partitions}
+        answers = self._admin.list_offsets(asked, request_timeout=_ANSWER_SECONDS)
+        return {(each.topic, each.partition): future for each, future in answers.items()}
+
+    def _unanswered(self, why: str) -> ServiceError:
+        where = self._settings.kafka.bootstrap_servers
+        return ServiceError(f"Kafka at {where} does not tell the lag: {why.rstrip('.')}.")
+
+    def _ages(self, lagging: dict[Partition, int]) -> dict[Partition, float]:
+        """How long ago the record at each offset was written, in seconds; those not read in time are left out."""
+        unknown = {each: offset for each, offset in lagging.items() if self._written.get(each, (-1,))[0] != offset}
+        if unknown:
+            self._look_up(unknown)
+        now = time.time()
+        return {
+            each: max(0.0, now - self._written[each][1])
+            for each, offset in lagging.items()
+            if self._written.get(each, (-1,))[0] == offset
+        }
+
+    def _look_up(self, offsets: dict[Partition, int]) -> None:
+        waiting = dict(offsets)
+        self._consumer.assign([TopicPartition(*each, offset) for each, offset in offsets.items()])
+        deadline = time.monotonic() + _READ_SECONDS
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            message = self._consumer.poll(left)
+            if message is None:
+                break
+            each = (message.topic() or "", message.partition() or 0)
+            error = message.error()
+            if each not in waiting or (error is not None and error.code() != KafkaError._PARTITION_EOF):  # noqa: SLF001
+                continue
+            # An end without a record: what is left are marks of transactions, which nobody has to handle.
+            written = time.time() if error is not None else message.timestamp()[1] / 1000
+            self._written[each] = (waiting.pop(each), written)
+        self._consumer.unassign()
+
+
+def _answer(future: "Future[Any]") -> Any:
+    return future.result(timeout=_ANSWER_SECONDS + 1.0)

@@ -1,0 +1,251 @@
+"""The consumer loop: polls, hands batches to a processor, commits offsets behind it, and survives outages.
+
+What a processor may rely on:
+- `assigned` is called before any record of a partition is handed over, and decides where reading starts.
+- `handle` returns only when everything that follows from the batch is stored and replicated. Only then are the
+  batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
+- RetryError from either: the partitions are paused, polling goes on (no rebalance), and the same call is made again.
+- `revoked` is called after the last batch of those partitions, when their offsets are committed.
+- Any StopError leaves the loop; what was not committed is read again by the next owner.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import structlog
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from innerloop import metrics
+from innerloop.config import KafkaSettings
+from innerloop.errors import RetryError, ServiceError, StopError
+from innerloop.streams import clients
+from innerloop.streams.batch import Batch, Partition
+
+_LOG = structlog.get_logger(__name__)
+_COMMIT_SECONDS = 0.2
+_RETRY_SECONDS = 0.5
+_IDLE_SECONDS = 0.1
+
+
+class Processor(Protocol):
+    """What the loop drives; see the module's contract."""
+
+    def assigned(self, committed: Mapping[Partition, int | None]) -> Mapping[Partition, int | None]:
+        """Take over partitions with these committed offsets; where to start each, None for the oldest record."""
+
+    def revoked(self, partitions: Sequence[Partition]) -> None: ...
+
+    def handle(self, batch: Batch) -> None: ...
+
+    def idle(self) -> None:
+        """Called after each batch and at least every 0.1 s; what raises RetryError is called again."""
+
+
+class Loop:
+    """Runs one processor as one member of a consumer group."""
+
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        *,
+        group: str,
+        topics: Sequence[str],
+        processor: Processor,
+        batch_size: int,
+        poll_seconds: float,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._group, self._topics, self._processor = group, list(topics), processor
+        self._batch_size, self._poll_seconds, self._stopping = batch_size, poll_seconds, stopping
+        # A start below the log's beginning means that retention has passed us: that is for a person to decide.
+        self._consumer: Consumer = clients.consumer(settings, group, auto_offset_reset="error")
+        self._owned: set[Partition] = set()
+        self._unclaimed: set[Partition] = set()
+        self._done: dict[Partition, int] = {}
+        self._committed_at = 0.0
+
+    def run(self) -> None:
+        """Work until told to stop; the batch in hand is finished and committed. Raises StopError."""
+        self._consumer.subscribe(
+            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        try:
+            while not self._stopping():
+                self._claim_again()
+                batch = self._poll()
+                if len(batch):
+                    self._persist(batch)
+                self._commit()
+                self._idle()
+            self._commit(wait=True)
+        finally:
+            self._consumer.close()
+
+    # --- polling
+
+    def _poll(self) -> Batch:
+        """Block for the first record, then take what else has come within `poll_seconds`."""
+        with metrics.STEP_SECONDS.labels("poll").time():
+            first = self._consumer.poll(_IDLE_SECONDS)
+            if first is None:
+                return Batch([])
+            rest = self._consumer.consume(self._batch_size - 1, self._poll_seconds) if self._batch_size > 1 else []
+        messages = [first, *rest]
+        if any(message.error() is not None for message in messages):
+            messages = [message for message in messages if not self._is_error(message)]
+        return Batch(messages).keeping(self._owned.__contains__)
+
+    def _is_error(self, message: Message) -> bool:
+        error = message.error()
+        if error is None:
+            return False
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - the library's constants are named so
+            raise StopError(
+                f"{message.topic()}[{message.partition()}] no longer holds the next record this worker needs "
+                f"({error.str()}): retention has passed it, and what lay between is gone. Nothing was skipped."
+            )
+        if error.code() in _MISSING:
+            raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
+        if error.fatal():
+            raise StopError(f"The broker has shut this consumer out: {error.str()}.")
+        _LOG.warning("consumer error", error=error.str())
+        return True
+
+    # --- handling
+
+    def _persist(self, batch: Batch) -> None:
+        """Hand over the batch until it is done, or its partitions are no longer ours."""
+        paused = False
+        while len(batch):
+            try:
+                self._processor.handle(batch)
+            except RetryError as error:
+                _LOG.warning("paused", why=str(error), records=len(batch))
+                metrics.PAUSES.inc()
+                paused = True
+                if not self._wait():
+                    return
+                batch = batch.keeping(self._owned.__contains__)
+            else:
+                self._done.update(batch.next_offsets)
+                break
+        if paused:
+            self._resume()
+            _LOG.info("resumed")
+
+    def _wait(self) -> bool:
+        """Stay in the group without fetching for a moment; False when told to stop."""
+        self._consumer.pause(self._partitions(self._owned))
+        until = time.monotonic() + _RETRY_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            if self._stopping():
+                return False
+            message = self._consumer.poll(min(left, _IDLE_SECONDS))
+            if message is not None and message.error() is None:
+                # Fetched before the pause took hold: read it again later.
+                self._consumer.seek(TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0))
+        return True
+
+    def _resume(self) -> None:
+        self._consumer.resume(self._partitions(self._owned - self._unclaimed))
+
+    def _idle(self) -> None:
+        try:
+            self._processor.idle()
+        except RetryError as error:
+            _LOG.warning("waits", why=str(error))
+            self._wait()
+            self._resume()
+
+    # --- offsets
+
+    def _commit(self, *, wait: bool = False) -> None:
+        """Commit what is done, behind the work: a lost commit costs a repeat, nothing else."""
+        if not self._done or (not wait and time.monotonic() - self._committed_at < _COMMIT_SECONDS):
+            return
+        offsets = self._partitions(self._done, self._done)
+        self._committed_at = time.monotonic()
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=not wait)
+            self._done.clear()
+        except KafkaException as error:
+            _LOG.warning("offsets not committed", error=str(error.args[0]))
+
+    # --- rebalance
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in assigned]
+        metrics.REBALANCES.labels("assigned").inc()
+        _LOG.info("assigned", partitions=_names(partitions))
+        self._owned.update(partitions)
+        try:
+            starts = self._claim(partitions)
+        except RetryError as error:
+            _LOG.warning("claim waits", why=str(error))
+            consumer.incremental_assign(assigned)
+            consumer.pause(assigned)
+            self._unclaimed.update(partitions)
+        else:
+            consumer.incremental_assign(self._partitions(partitions, starts))
+
+    def _claim(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        if not partitions:
+            return {}
+        try:
+            found = self._consumer.committed(self._partitions(partitions), timeout=10.0)
+        except KafkaException as error:
+            raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
+        committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
+        starts = self._processor.assigned(committed)
+        return {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
+
+    def _claim_again(self) -> None:
+        """Claim what could not be claimed when it was assigned."""
+        if not self._unclaimed:
+            return
+        try:
+            starts = self._claim(sorted(self._unclaimed))
+            for partition in self._partitions(starts, starts):
+                self._consumer.seek(partition)
+        except (RetryError, KafkaException) as error:
+            _LOG.warning("claim waits", why=str(error))
+            self._wait()
+            return
+        self._unclaimed.clear()
+        self._resume()
+
+    def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in revoked]
+        metrics.REBALANCES.labels("revoked").inc()
+        _LOG.info("revoked", partitions=_names(partitions))
+        self._commit(wait=True)
+        self._give_up(partitions)
+
+    def _on_lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in lost]
+        metrics.REBALANCES.labels("lost").inc()
+        _LOG.warning("lost", partitions=_names(partitions))
+        self._give_up(partitions)
+
+    def _give_up(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            self._done.pop(partition, None)
+        self._owned.difference_update(partitions)
+        self._unclaimed.difference_update(partitions)
+        self._processor.revoked(partitions)
+
+    @staticmethod
+    def _partitions(
+        partitions: Any, offsets: Mapping[Partition, int] | None = None
+    ) -> list[TopicPartition]:
+        if offsets is None:
+            return [TopicPartition(topic, partition) for topic, partition in partitions]
+        return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
+
+
+_MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
+
+
+def _names(partitions: Sequence[Partition]) -> list[str]:
+    return [f"{topic}[{partition}]" for topic, partition in partitions]

@@ -1,0 +1,51 @@
+"""Produces records, and knows whether they have arrived."""
+
+from typing import Any
+
+from confluent_kafka import KafkaError, Message
+
+from innerloop.config import KafkaSettings
+from innerloop.errors import RetryError
+from innerloop.streams import clients
+
+Headers = list[tuple[str, str | bytes | None]]
+
+
+class Publisher:
+    """A producer with one promise: after `flush` returns, every record since the last flush is replicated.
+
+    When it raises RetryError some may be and some may not; the caller sends all of them again, and readers cope with
+    repeats because requests, scores and dead letters are idempotent.
+    """
+
+    def __init__(self, settings: KafkaSettings, **own: clients.Value) -> None:
+        self._failure: str | None = None
+        self._producer: Any = clients.producer(settings, self._failed, **own)
+
+    def _failed(self, error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            self._failure = error.str()
+
+    def send(
+        self, topic: str, key: str | bytes | None, value: bytes | None, *, headers: Headers | None = None, partition: int = -1
+    ) -> None:
+        """Queue one record; waits for room when the queue is full. `partition` -1 lets the key decide."""
+        while True:
+            try:
+                self._producer.produce(topic, value, key, partition=partition, headers=headers)
+            except BufferError:
+                if self._producer.poll(1.0) == 0 and self._failure is None:
+                    continue
+            else:
+                return
+            if self._failure is not None:
+                self.flush(0)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until everything sent has arrived. Raises RetryError when it has not within `seconds`."""
+        waiting = self._producer.flush(seconds)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise RetryError(f"The broker did not take a record: {failure}")
+        if waiting:
+            raise RetryError(f"The broker has not taken {waiting} records for {seconds:g} s")

@@ -1,0 +1,85 @@
+"""Watches the score topics for records that the partition's present owner did not write.
+
+Compaction keeps the last record of a key, not the highest version. A worker that slept past its session and wakes
+may still have a list in its send queue, older than one its successor has published, and that list would then be the
+one compaction keeps. Nothing can stop the send, so it is answered: every record carries its writer's epoch, the owner
+reads its own output, and a user with a stranger's record is adapted again. The watch's own position is committed, so a
+stranger's record is answered even when the owner dies between the two.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from innerloop.config import KafkaSettings
+from innerloop.errors import RetryError
+from innerloop.streams import clients
+from innerloop.streams.publisher import Headers
+
+OWNER_HEADER = "innerloop.owner_epoch"
+_COMMIT_SECONDS = 1.0
+_AT_ONCE = 10_000
+
+
+def owner_headers(epoch: int) -> Headers:
+    """The mark on every score record: the epoch under which its writer held the request partition."""
+    return [(OWNER_HEADER, str(epoch))]
+
+
+class OutputWatch:
+    """Reads the output partitions that belong to the request partitions held by this process."""
+
+    def __init__(self, settings: KafkaSettings, *, group: str, topics: Sequence[str]) -> None:
+        self._topics = topics
+        self._consumer: Consumer = clients.consumer(
+            settings, group, fetch_wait_max_ms=500, fetch_min_bytes=65_536, queued_min_messages=1_000
+        )
+        self._committed_at = time.monotonic()
+
+    def start(self, partitions: Sequence[int]) -> None:
+        """Watch these partitions of every topic, from where their last owner's watch stood. Raises RetryError."""
+        wanted = [TopicPartition(topic, partition) for topic in self._topics for partition in partitions]
+        if not wanted:
+            return
+        try:
+            for place in self._consumer.committed(wanted, timeout=10.0):
+                if place.offset < 0:
+                    # Never watched: what is there was written before anyone could be a stranger.
+                    _, place.offset = self._consumer.get_watermark_offsets(place, timeout=10.0)
+                    self._consumer.commit(offsets=[place], asynchronous=False)
+                self._consumer.incremental_assign([place])
+        except KafkaException as error:
+            raise RetryError(f"The score topics cannot be watched: {error.args[0].str()}") from error
+
+    def stop(self, partitions: Sequence[int]) -> None:
+        """Stop watching partitions that now belong to another process, which goes on from the committed place."""
+        gone = [p for p in self._consumer.assignment() if p.partition in set(partitions)]
+        if gone:
+            self._consumer.incremental_unassign(gone)
+
+    def strangers(self, epochs: Mapping[int, int]) -> dict[str, int]:
+        """Users with a new record that was not written under `epochs[partition]`, and their partition."""
+        found = {}
+        for message in self._consumer.consume(_AT_ONCE, 0):
+            key, partition = message.key(), message.partition()
+            if message.error() is not None or key is None or partition not in epochs or message.value() is None:
+                continue
+            if dict(message.headers() or []).get(OWNER_HEADER) != str(epochs[partition]).encode():
+                found[key.decode(errors="replace") if isinstance(key, bytes) else key] = partition
+        return found
+
+    def commit(self) -> None:
+        """Everything found so far has been answered; called often, commits once a second."""
+        if time.monotonic() - self._committed_at < _COMMIT_SECONDS:
+            return
+        self._committed_at = time.monotonic()
+        try:
+            places = [p for p in self._consumer.position(self._consumer.assignment()) if p.offset >= 0]
+            if places:
+                self._consumer.commit(offsets=places, asynchronous=True)
+        except KafkaException:
+            return  # tried again in a second; a lost commit costs a repeat
+
+    def close(self) -> None:
+        self._consumer.close()

@@ -1,0 +1,214 @@
+"""The support set: the newest examples of each task, at most `capacity`, ordered by event time, once per event id.
+
+A set is a function of the distinct events seen, never of their order of arrival or of how they were batched: it is
+the `capacity` newest by (time, hash). Pure numpy, no I/O; a whole batch of tasks is merged at once.
+
+An event id always names the same event. Should a producer send one id with two contents, the one stored first stays.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+EXAMPLE = np.dtype([("time", "<i8"), ("hash", "<i8"), ("item", "<i4"), ("weight", "<f4"), ("type", "<i2")])
+"""One example: event time (epoch ms), 64-bit hash of the event id, item number, weight, event type code."""
+
+Ints = NDArray[np.int64]
+Examples = NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class SupportSets:
+    """Sets of several tasks, one after another: task t has `examples[starts[t]:starts[t + 1]]`."""
+
+    starts: Ints  # [T + 1]
+    examples: Examples  # [N] of EXAMPLE
+
+    @property
+    def sizes(self) -> Ints:  # [T]
+        return np.diff(self.starts)
+
+    @property
+    def newest(self) -> Ints:  # [T], epoch ms; 0 for an empty set
+        times = np.zeros(len(self.starts) - 1, np.int64)
+        some = self.sizes > 0
+        times[some] = self.examples["time"][self.starts[1:][some] - 1]
+        return times
+
+    @classmethod
+    def empty(cls, tasks: int = 0) -> "SupportSets":
+        return cls(np.zeros(tasks + 1, np.int64), np.empty(0, EXAMPLE))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """`sets` after the merge (unchanged tasks included), which tasks changed, and what became of each event."""
+
+    sets: SupportSets
+    changed: NDArray[np.bool_]  # [T]
+    duplicates: int
+    too_late: int
+
+
+def merge(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> Merged:
+    """Merge `events[n]` into the set of task `tasks[n]`.
+
+    An event whose id is already there, or twice in the batch, is a duplicate; one that is older than everything in a
+    full set is too late. Both leave the set as it was.
+    """
+    order, duplicates = _distinct(tasks, events)
+    tasks, events = tasks[order], events[order]
+    known = _already_stored(stored, tasks, events["hash"])
+    late = _below_full(stored, tasks, events, capacity) & ~known
+    keep = ~(known | late)
+    tasks, events = tasks[keep], events[keep]
+    sets = _append(stored, tasks, events, capacity)
+    changed = np.zeros(len(stored.starts) - 1, bool)
+    changed[tasks] = True
+    return Merged(sets, changed, duplicates + int(known.sum()), int(late.sum()))
+
+
+def _distinct(tasks: Ints, events: Examples) -> tuple[Ints, int]:
+    """Positions of distinct events sorted by (task, time, hash), and how many were repeated."""
+    order = np.lexsort((events["hash"], events["time"], tasks))
+    sorted_tasks, hashes = tasks[order], events["hash"][order]
+    by_id = np.lexsort((hashes, sorted_tasks))
+    repeated = np.zeros(len(order), bool)
+    repeated[by_id[1:]] = (np.diff(sorted_tasks[by_id]) == 0) & (np.diff(hashes[by_id]) == 0)
+    return order[~repeated], int(repeated.sum())
+
+
+def _already_stored(stored: SupportSets, tasks: Ints, hashes: Ints) -> NDArray[np.bool_]:
+    """Which (task, hash) pairs are in `stored`: each new event against its own task's examples."""
+    sizes = stored.sizes[tasks]
+    owner = np.repeat(np.arange(len(tasks)), sizes)
+    where = ranges(stored.starts[tasks], sizes)
+    equal = stored.examples["hash"][where] == hashes[owner]
+    found = np.zeros(len(tasks), bool)
+    found[owner[equal]] = True
+    return found
+
+
+def _below_full(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> NDArray[np.bool_]:
+    full = np.flatnonzero(stored.sizes[tasks] >= capacity)
+    oldest = stored.examples[stored.starts[tasks[full]]]
+    below = np.zeros(len(tasks), bool)
+    time, than = events["time"][full], oldest["time"]
+    below[full] = (time < than) | ((time == than) & (events["hash"][full] < oldest["hash"]))
+    return below
+
+
+def _append(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> SupportSets:
+    """Stored and new examples of each task in one order, the newest `capacity` of them."""
+    old, new = stored.sizes, np.bincount(tasks, minlength=len(stored.sizes)).astype(np.int64)
+    starts = np.concatenate(([0], np.cumsum(old + new)))
+    merged = np.empty(starts[-1], EXAMPLE)
+    merged[ranges(starts[:-1], old)] = stored.examples
+    merged[ranges(starts[:-1] + old, new)] = events
+    _sort_where_needed(merged, starts, old, new)
+    size = np.minimum(old + new, capacity)
+    kept = ranges(starts[1:] - size, size)
+    return SupportSets(np.concatenate(([0], np.cumsum(size))), merged[kept])
+
+
+def _sort_where_needed(merged: Examples, starts: Ints, old: Ints, new: Ints) -> None:
+    """Sort the tasks whose new events do not all follow the stored ones: most do, and need no sorting."""
+    both = np.flatnonzero((old > 0) & (new > 0))
+    first_new = starts[:-1][both] + old[both]
+    before, after = merged[first_new - 1], merged[first_new]
+    late = (after["time"] < before["time"]) | ((after["time"] == before["time"]) & (after["hash"] < before["hash"]))
+    rows = both[late]
+    sizes = (old + new)[rows]
+    where = ranges(starts[:-1][rows], sizes)
+    part = merged[where]
+    merged[where] = part[np.lexsort((part["hash"], part["time"], np.repeat(rows, sizes)))]
+
+
+def ranges(starts: Ints, sizes: Ints) -> Ints:
+    """`starts[i], starts[i] + 1, ... sizes[i]` times, for all i one after another."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
+
+
+def gather(sets: SupportSets, tasks: Ints) -> SupportSets:
+    """The sets of some tasks, in the order asked for."""
+    sizes = sets.sizes[tasks]
+    return SupportSets(
+        np.concatenate(([0], np.cumsum(sizes))), sets.examples[ranges(sets.starts[tasks], sizes)]
+    )
+
+
+class SupportCache:
+    """A bounded write-through cache of support sets by user, with the version of each.
+
+    Memory is `users * capacity * 26` bytes plus about 150 bytes a user. The least recently used quarter makes room.
+    """
+
+    def __init__(self, users: int, capacity: int) -> None:
+        self._users, self._capacity = users, capacity
+        self._slots: dict[str, int] = {}
+        self._names: list[str | None] = [None] * users
+        self._free = list(range(users - 1, -1, -1))
+        self._examples = np.zeros((users, capacity), EXAMPLE)
+        self._sizes = np.zeros(users, np.int64)
+        self._versions = np.zeros(users, np.int64)
+        self._used = np.zeros(users, np.int64)
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def clear(self) -> None:
+        """Forget everything, as after a write whose outcome is unknown."""
+        self._slots.clear()
+        self._names = [None] * self._users
+        self._free = list(range(self._users - 1, -1, -1))
+
+    def forget(self, users: list[str]) -> None:
+        """Forget these users: another writer has changed them."""
+        for user in users:
+            slot = self._slots.pop(user, None)
+            if slot is not None:
+                self._names[slot] = None
+                self._free.append(slot)
+
+    def missing(self, users: list[str]) -> list[str]:
+        """Those of `users` that must be read first; the others are marked as used, so that they stay."""
+        slots = [self._slots.get(user, -1) for user in users]
+        self._clock += 1
+        self._used[[slot for slot in slots if slot >= 0]] = self._clock
+        return [user for user, slot in zip(users, slots, strict=True) if slot < 0]
+
+    def get(self, users: list[str]) -> tuple[SupportSets, Ints]:
+        """Sets and versions [T] of users that are all present; KeyError otherwise."""
+        slots = np.fromiter((self._slots[user] for user in users), np.int64, len(users))
+        self._clock += 1
+        self._used[slots] = self._clock
+        sizes = self._sizes[slots]
+        flat = self._examples.reshape(-1)[ranges(slots * self._capacity, sizes)]
+        return SupportSets(np.concatenate(([0], np.cumsum(sizes))), flat), self._versions[slots]
+
+    def put(self, users: list[str], sets: SupportSets, versions: Ints) -> None:
+        """Store the sets and versions of `users`. Sets beyond the cache's bound are not kept."""
+        new = [user for user in users if user not in self._slots]
+        if len(new) > len(self._free):
+            self._evict(len(new))
+        for user in new:
+            slot = self._free.pop()
+            self._slots[user] = slot
+            self._names[slot] = user
+        slots = np.fromiter((self._slots[user] for user in users), np.int64, len(users))
+        self._clock += 1
+        self._used[slots] = self._clock
+        sizes = sets.sizes
+        self._examples.reshape(-1)[ranges(slots * self._capacity, sizes)] = sets.examples
+        self._sizes[slots] = sizes
+        self._versions[slots] = versions
+
+    def _evict(self, needed: int) -> None:
+        taken = np.fromiter(self._slots.values(), np.int64, len(self._slots))
+        count = min(len(taken), max(needed, self._users // 4))
+        oldest = taken[np.argpartition(self._used[taken], count - 1)[:count]] if count < len(taken) else taken
+        self.forget([name for slot in oldest if (name := self._names[slot]) is not None])

@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import read_events
+
+MOMENT = 1_514_737_251_000
+
+
+def _written(directory: Path, name: str, frame: pl.DataFrame) -> Path:
+    path = directory / name
+    {".csv": frame.write_csv, ".jsonl": frame.write_ndjson, ".parquet": frame.write_parquet}[path.suffix](path)
+    return path
+
+
+def _events(**columns: list[object]) -> pl.DataFrame:
+    usual: dict[str, list[object]] = {"user_id": [1, 2], "item_id": [10, 20], "ts_ms": [MOMENT + 5, MOMENT]}
+    return pl.DataFrame(usual | columns)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_the_three_formats_give_the_same_table(tmp_path: Path, suffix: str) -> None:
+    table = read_events(_written(tmp_path, f"events{suffix}", _events(event_type=["pv", "buy"], category_id=[7, None])))
+    assert table.drop("event_id").to_dicts() == [
+        {"event_type": "purchase", "user_id": "2", "item_id": "20", "event_time": MOMENT, "category": None},
+        {"event_type": "click", "user_id": "1", "item_id": "10", "event_time": MOMENT + 5, "category": "7"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timestamp", MOMENT // 1000),
+        ("ts", float(MOMENT)),
+        ("time", MOMENT * 1000),
+        ("event_time", "2017-12-31T16:20:51Z"),
+        ("event_time", "2017-12-31T16:20:51.000+00:00"),
+        ("event_time", "2017-12-31T18:20:51+02:00"),
+        ("event_time", "2017-12-31 16:20:51 UTC"),
+        ("event_time", "2017-12-31 16:20:51"),
+        ("event_time", str(MOMENT // 1000)),
+    ],
+)
+def test_times_of_every_kind_become_milliseconds(tmp_path: Path, name: str, value: object) -> None:
+    frame = pl.DataFrame({"user_id": ["u"], "item_id": ["i"], name: [value]})
+    assert read_events(_written(tmp_path, "e.parquet", frame))["event_time"].to_list() == [MOMENT]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("fav", "favorite"), ("add_to_cart", "cart"), ("View_Item", "click"), ("buy", "purchase"), ("refund", "refund")],
+)
+def test_kinds_of_events_get_our_names(tmp_path: Path, theirs: str, ours: str) -> None:
+    table = read_events(_written(tmp_path, "e.csv", _events(event_type=[theirs, theirs])))
+    assert table["event_type"].to_list() == [ours, ours]
+
+
+def test_without_a_kind_events_are_clicks(tmp_path: Path) -> None:
+    assert read_events(_written(tmp_path, "e.csv", _events()))["event_type"].to_list() == ["click", "click"]
+
+
+def test_generated_names_differ_and_do_not_depend_on_the_file(tmp_path: Path) -> None:
+    frame = _events(user_id=[1, 1], item_id=[2, 2], ts_ms=[MOMENT, MOMENT])
+    first, second = (
+        read_events(_written(tmp_path, name, frame))["event_id"].to_list() for name in ("a.csv", "b.jsonl")
+    )
+    assert first == second
+    assert len(set(first)) == 2
+
+
+def test_equal_times_keep_their_order(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user_id": ["u"] * 50, "item_id": list(range(50)), "ts": [MOMENT] * 50})
+    table = read_events(_written(tmp_path, "e.csv", frame))
+    assert table["item_id"].to_list() == [str(n) for n in range(50)]
+
+
+def test_columns_are_mapped_by_name(tmp_path: Path) -> None:
+    path = _written(tmp_path, "e.csv", _events(sku=["a", "b"]))
+    assert read_events(path, columns={"item_id": "sku"})["item_id"].to_list() == ["b", "a"]
+
+
+def test_whole_numbers_with_gaps_are_names_without_a_fraction(tmp_path: Path) -> None:
+    path = _written(tmp_path, "e.parquet", _events(ad_id=[12.0, None]))
+    assert read_events(path)["ad_id"].to_list() == [None, "12"]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "says"),
+    [
+        ("gone.csv", {}, "is not a file"),
+        ("e.xlsx", {}, "ends in none of .csv, .jsonl, .ndjson, .parquet"),
+        ("broken.parquet", {}, "cannot be read as .parquet"),
+        ("short.csv", {}, "has the columns who, item_id, ts_ms, none of which is known as user_id"),
+        ("e.csv", {"item_id": "sku"}, "none of them sku"),
+        ("e.csv", {"itm": "item_id"}, "itm is no column of the event table"),
+        ("times.csv", {}, "not RFC 3339, such as 'yesterday'"),
+        ("empty.csv", {}, "1 rows without a usable user_id"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, name: str, columns: dict[str, str], says: str) -> None:
+    _written(tmp_path, "e.csv", _events())
+    _written(tmp_path, "short.csv", _events().rename({"user_id": "who"}))
+    _written(tmp_path, "times.csv", _events(ts_ms=["yesterday", "2017-12-31"]))
+    _written(tmp_path, "empty.csv", _events(user_id=[None, 1]))
+    (tmp_path / "e.xlsx").write_text("")
+    (tmp_path / "broken.parquet").write_text("user_id")
+    with pytest.raises(SettingsError) as error:
+        read_events(tmp_path / name, columns=columns)
+    assert says in str(error.value)
+    assert str(error.value).endswith(".")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,5 @@
+"""`python -m innerloop.worker` is the `innerloop` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""The worker pool: a supervisor and its processes, each a member of the consumer group.
+
+A process that dies is started again, and the log says why it died. One that leaves with a sentence about settings or
+services (exit code 2 or 3) would do so again: then the supervisor stops the others and leaves with the same code.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+_LOG = structlog.get_logger(__name__)
+_LOOK_SECONDS = 0.1
+_STOP_SECONDS = 10.0
+_SETTLED_SECONDS = 30.0
+_MAX_BACKOFF_SECONDS = 30.0
+_HOPELESS = {2, 3}
+
+
+@dataclass
+class _Member:
+    arguments: Sequence[str]
+    process: subprocess.Popen[bytes]
+    started: float
+    failures: int = 0
+    restart_at: float | None = None
+
+
+class Pool:
+    """Runs `innerloop <arguments>` once for each entry, until told to stop; output to `log` when one is given."""
+
+    def __init__(self, commands: Sequence[Sequence[str]], log: Path | None = None) -> None:
+        self._log = log
+        self._members = [_Member(command, self._start(command), time.monotonic()) for command in commands]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the members that run now."""
+        return [member.process.pid for member in self._members if member.process.poll() is None]
+
+    def run(self, stopping: Callable[[], bool]) -> int:
+        """Keep all members running until told to stop; the exit code for the command line."""
+        code = 0
+        while not stopping() and code == 0:
+            time.sleep(_LOOK_SECONDS)
+            code = self.look()
+        return code or self.stop()
+
+    def look(self) -> int:
+        """Start again whoever has died; the exit code when one of them left for good, else 0."""
+        for member in self._members:
+            code = member.process.poll()
+            if code is None:
+                continue
+            if code in _HOPELESS:
+                self.stop()
+                return code
+            self._restart(member, code)
+        return 0
+
+    def _restart(self, member: _Member, code: int) -> None:
+        now = time.monotonic()
+        if member.restart_at is None:
+            member.failures = 1 if now - member.started > _SETTLED_SECONDS else member.failures + 1
+            wait = min(0.1 * 2.0**member.failures, _MAX_BACKOFF_SECONDS)
+            member.restart_at = now + wait
+            _LOG.error("process ended, starts again", why=_why(code), pid=member.process.pid, in_seconds=wait)
+        elif now >= member.restart_at:
+            member.process, member.started, member.restart_at = self._start(member.arguments), now, None
+
+    def stop(self) -> int:
+        """SIGTERM to all; 0 when each finished its batch and left by itself, 1 when one had to be killed."""
+        running = [member.process for member in self._members if member.process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + _STOP_SECONDS
+        code = 0
+        for process in running:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _LOG.error("killed: did not finish its batch in time", pid=process.pid)
+                process.kill()
+                process.wait()
+                code = 1
+        return code
+
+    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C reaches the supervisor, which stops the others in order.
+        command = [sys.executable, "-m", "innerloop.worker", *arguments]
+        if self._log is None:
+            return subprocess.Popen(command, start_new_session=True)
+        with self._log.open("ab") as log:
+            return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+
+
+def _why(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,95 @@
+"""What one ingest or adapt process is made of: the only place that picks concrete classes."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from innerloop.config import Settings
+from innerloop.errors import ServiceError
+from innerloop.store.database import connect, require_tables
+from innerloop.store.ledger import Ledger
+from innerloop.streams.clients import require_broker
+from innerloop.streams.loop import Loop
+from innerloop.streams.publisher import Publisher
+from innerloop.streams.topics import partition_counts, require_topics, topic_ids
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """SIGTERM and SIGINT ask for a stop; the batch in hand is finished."""
+    asked = False
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    return lambda: asked
+
+
+def run_ingest(settings: Settings) -> None:
+    """One ingest process, until told to stop. Raises StopError."""
+    from innerloop.ingest import Ingest  # noqa: PLC0415 - each command imports what it runs
+
+    stopping = stop_on_signals()
+    topics = settings.topics
+    engine = connect(settings.database)
+    require_tables(engine)
+    require_broker(settings.kafka)
+    require_topics(settings, [*topics.events, topics.requests, topics.dead_letters])
+    ledger = Ledger(engine, topic_ids(settings, topics.events))
+    Loop(
+        settings.kafka,
+        group=settings.kafka.ingest_group,
+        topics=topics.events,
+        processor=Ingest(settings, engine, ledger, Publisher(settings.kafka)),
+        batch_size=settings.ingest.batch_size,
+        poll_seconds=settings.ingest.poll_seconds,
+        stopping=stopping,
+    ).run()
+    engine.dispose()
+
+
+def run_adapt(settings: Settings, device: str, threads: int = 0) -> None:
+    """One adapt process on `device`, until told to stop; `threads` 0 leaves it to torch. Raises StopError."""
+    import torch  # noqa: PLC0415
+
+    from innerloop.adapt import Adapt  # noqa: PLC0415 - torch is only loaded here
+    from innerloop.streams.watch import OutputWatch  # noqa: PLC0415
+
+    if threads:
+        torch.set_num_threads(threads)
+    stopping = stop_on_signals()
+    topics = settings.topics
+    engine = connect(settings.database)
+    require_tables(engine)
+    require_broker(settings.kafka)
+    outputs = (topics.recommendations, topics.ads)
+    _require_equal_partitions(settings, [topics.requests, *outputs])
+    ledger = Ledger(engine, topic_ids(settings, [topics.requests]))
+    adapt = Adapt(
+        settings,
+        engine,
+        ledger,
+        Publisher(settings.kafka),
+        OutputWatch(settings.kafka, group=settings.kafka.adapt_group + "-watch", topics=outputs),
+        device=device,
+    )
+    Loop(
+        settings.kafka,
+        group=settings.kafka.adapt_group,
+        topics=[topics.requests],
+        processor=adapt,
+        batch_size=settings.adapt.batch_size,
+        poll_seconds=settings.adapt.poll_seconds,
+        stopping=stopping,
+    ).run()
+    engine.dispose()
+
+
+def _require_equal_partitions(settings: Settings, names: list[str]) -> None:
+    """A user's scores lie on the partition number of its requests: that is how an owner knows its own output."""
+    counts = partition_counts(settings, names)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        raise ServiceError(f"These topics need equally many partitions, but {listed}: add partitions to the smaller.")
