@@ -126,13 +126,13 @@ def train(
 
 
 @app.command()
-def replay(
+def replay(  # noqa: PLR0917 - a command's options
     file: Annotated[Path, typer.Argument(help="CSV, JSON Lines or Parquet.")],
     rate: Annotated[str, typer.Option(help="Events per second, or max.")] = "1000",
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Skip this first share of the file.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many events.")] = None,
-    shift_to_now: Annotated[bool, typer.Option(help="Move the times so that the newest event is of now.")] = False,
+    shift_to_now: Annotated[bool, typer.Option(help="Move the times so that the newest event is of now.")] = False,  # noqa: FBT002
 ) -> None:
     """Send a file of events to the event topics, keyed by user."""
     from .replay import run_replay  # noqa: PLC0415
@@ -150,7 +150,7 @@ def scores(user: Annotated[str, typer.Argument(help="The user's identifier.")]) 
 
 @app.command()
 def lag(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,  # noqa: FBT002
 ) -> None:
     """Print how far each consumer group is behind, in offsets and in seconds."""
     from .lag import show_lag  # noqa: PLC0415
@@ -159,7 +159,7 @@ def lag(
 
 
 @app.command()
-def demo(
+def demo(  # noqa: PLR0917 - a command's options
     seconds: Annotated[float | None, typer.Option(min=1, help="Stop after this long; default: Ctrl-C.")] = None,
     events: Annotated[Path | None, typer.Option(help="Real events instead of the synthetic shop.")] = None,
     history: Annotated[float, typer.Option(min=0.01, max=0.99, help="First share by time, to train on.")] = 0.5,
@@ -201,5 +201,3 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
             raise SettingsError(f"--column {pair} is not ours=theirs: write for instance --column item_id=sku.")
         mapping[ours] = theirs
     return mapping
-
-

@@ -87,7 +87,9 @@ def run_demo(settings: Settings, options: DemoOptions) -> int:
         migrate(engine)
         ensure_topics(settings)
         source = _source(options)
-        console.print(f"== training on {len(source.history):,} events of {source.name} {_since(started)}", highlight=False)
+        console.print(
+            f"== training on {len(source.history):,} events of {source.name} {_since(started)}", highlight=False
+        )
         release, _ = train_release(settings, engine, source.history)
         demo = _Demo(settings, engine, release, folder, options.workers)
         console.print(f"== {len(release.item_ids):,} items; workers start {_since(started)}", highlight=False)
@@ -120,7 +122,13 @@ class _Demo:
         self._report = Report()
 
     def run(
-        self, source: Source, rate: float | None, seconds: float | None, stopping: object, console: Console, started: float
+        self,
+        source: Source,
+        rate: float | None,
+        seconds: float | None,
+        stopping: object,
+        console: Console,
+        started: float,
     ) -> Report:
         """Start the workers, replay, drain, stop; see `Report`."""
         self._subscriber.start()
@@ -331,5 +339,3 @@ def _tell(console: Console, report: Report, path: Path | None) -> None:
     console.print(text, highlight=False)
     if path is not None:
         path.write_text(text + "\n")
-
-

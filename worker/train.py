@@ -41,8 +41,12 @@ def train_release(settings: Settings, engine: Engine, events: pl.DataFrame) -> t
     with transaction(engine) as connection:
         version = releases.next_version(connection)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(),
-        console=Console(stderr=True), transient=False,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=False,
     ) as bar:
         release = train(
             events,

@@ -1,0 +1,14 @@
+"""Innerloop: click and purchase events in, adapted recommendation and ad scores out.
+
+The way of the data, and where each step is:
+
+    events.py            one event record, decoded and checked
+    ingest.py            a batch of them becomes support sets and adaptation requests
+    support.py           the support set: capacity, order, deduplication
+    adapt.py             requests become score records
+    scores.py            the messages out
+    client.py            reading them, for downstream services
+
+    streams/             Kafka        store/         Postgres
+    learning/            torch        evaluation/    judging
+"""

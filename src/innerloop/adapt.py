@@ -23,9 +23,9 @@ from sqlalchemy import Engine
 from torch import Tensor
 
 from innerloop import metrics
-from innerloop.learning.catalogue import Catalogue
 from innerloop.config import Settings
-from innerloop.errors import RetryError, ServiceError, SettingsError, StopError
+from innerloop.errors import ServiceError, SettingsError, StopError
+from innerloop.learning.catalogue import Catalogue
 from innerloop.learning.heads.base import Support
 from innerloop.learning.ranking import top_k
 from innerloop.learning.releases import load

@@ -2,7 +2,7 @@
 
 The order of every batch, which the guarantees rest on:
 1. decode; what is bad becomes a dead letter
-2. one database transaction: item numbers, support sets, ads, and the partition ledger
+2. one database transaction: support sets, ads, and the partition ledger (new items get their numbers just before)
 3. produce requests and dead letters
 4. flush, with nothing undelivered
 5. the loop commits the offsets
@@ -33,7 +33,7 @@ from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.dead_letters import send_dead_letter
 from innerloop.streams.publisher import Publisher
-from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge
+from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge, newest
 
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 10.0
@@ -62,10 +62,10 @@ class _Answer:
     versions: list[int] = field(default_factory=list)
     newest: list[int] = field(default_factory=list)
 
-    def add(self, users: list[str], versions: Ints, newest: Ints) -> None:
+    def add(self, users: list[str], versions: Ints, times: Ints) -> None:
         self.users += users
         self.versions += versions.tolist()
-        self.newest += newest.tolist()
+        self.newest += times.tolist()
 
 
 class Ingest:
@@ -74,7 +74,7 @@ class Ingest:
     def __init__(self, settings: Settings, engine: Engine, ledger: Ledger, publisher: Publisher) -> None:
         self._settings, self._engine, self._ledger, self._publisher = settings, engine, ledger, publisher
         self._cache = SupportCache(settings.ingest.cached_users, settings.support.capacity)
-        self._numbers = items.ItemNumbers()
+        self._numbers = items.ItemNumbers(engine)
         weights = settings.support.weights
         self._weights = np.array([0.0, *(weights.get(name, 1.0) for name in CODES)], np.float32)
         self._breaker = _Breaker(settings.ingest.breaker_window)
@@ -146,47 +146,41 @@ class Ingest:
         # Offsets never go back: a batch that lies below the ledger leaves it where it is.
         moved = {p: n for p, n in offsets.items() if n > (self._ledger[p].next_offset or 0)}
         users, columns = _Users.of(new), _Columns.of(new)
+        examples = self._examples(columns)
         for _ in range(_MAX_CONFLICTS):
             try:
-                return self._try_to_store(users, columns, moved, old)
+                return self._try_to_store(users, columns, examples, moved, old)
             except support_sets.SupportConflictError:
                 metrics.CONFLICTS.inc()
                 self._cache.forget(users.names)
-                self._numbers.rolled_back()
             except RetryError:
                 # The commit may or may not have happened: believe nothing until the ledger has been read.
                 self._unsure = True
                 self._cache.clear()
-                self._numbers.rolled_back()
-                raise
-            except BaseException:
-                self._cache.clear()
-                self._numbers.rolled_back()
                 raise
         raise RetryError(f"{len(users.names)} users are being written by another process as well")
 
     def _try_to_store(
-        self, users: _Users, columns: "_Columns", offsets: Mapping[Partition, int], old: list[Event]
+        self, users: _Users, columns: "_Columns", examples: Examples, offsets: Mapping[Partition, int], old: list[Event]
     ) -> _Answer:
         answer = _Answer()
         with transaction(self._engine) as connection:
             sets, versions = self._read(connection, users.names)
             with metrics.STEP_SECONDS.labels("merge").time():
-                merged = merge(sets, users.positions, self._examples(connection, columns), self._settings.support.capacity)
+                merged = merge(sets, users.positions, examples, self._settings.support.capacity)
             changed = np.flatnonzero(merged.changed)
             names = [users.names[row] for row in changed]
             written = gather(merged.sets, changed)
             with metrics.STEP_SECONDS.labels("database").time():
                 if names:
                     support_sets.write(connection, names, written, versions[changed] + 1)
-                items.see_ads(connection, {ad: self._numbers_of[item] for ad, item in columns.ads.items()})
+                items.see_ads(connection, {ad: int(examples["item"][at]) for ad, at in columns.ads.items()})
                 if offsets:
                     self._ledger.advance(connection, offsets)
             answer.add(names, versions[changed] + 1, written.newest)
             again = list({event.user_id for event in old} - set(names))
             answer.add(*_asked_again(connection, again))
         self._ledger.advanced(offsets)
-        self._numbers.committed()
         self._unsure = False
         self._cache.put(names, written, versions[changed] + 1)
         self._count(merged, len(users.positions))
@@ -197,16 +191,15 @@ class Ingest:
         missing = self._cache.missing(users)
         if missing:
             found, sets, versions = support_sets.read(connection, missing)
-            self._cache.put(found, sets, versions)
+            self._cache.put(found, newest(sets, self._settings.support.capacity), versions)
             unknown = self._cache.missing(missing)
             self._cache.put(unknown, SupportSets.empty(len(unknown)), np.zeros(len(unknown), np.int64))
         return self._cache.get(users)
 
-    def _examples(self, connection: Connection, columns: "_Columns") -> Examples:
-        self._numbers_of = self._numbers.intern(connection, columns.items)
+    def _examples(self, columns: "_Columns") -> Examples:
         examples = np.empty(len(columns.items), EXAMPLE)
         examples["time"], examples["hash"], examples["type"] = columns.times, columns.hashes, columns.types
-        examples["item"] = [self._numbers_of[item] for item in columns.items]
+        examples["item"] = self._numbers.intern(columns.items)
         examples["weight"] = self._weights[columns.types]
         return examples
 
@@ -220,8 +213,8 @@ class Ingest:
 
     def _request(self, answer: _Answer, started: int) -> None:
         topic, send, encode = self._settings.topics.requests, self._publisher.send, self._encode
-        for user, version, newest in zip(answer.users, answer.versions, answer.newest, strict=True):
-            send(topic, user, encode(AdaptationRequest(user, version, newest, started)))
+        for user, version, time_ms in zip(answer.users, answer.versions, answer.newest, strict=True):
+            send(topic, user, encode(AdaptationRequest(user, version, time_ms, started)))
         metrics.REQUESTS.labels("sent").inc(len(answer.users))
 
 
@@ -233,7 +226,8 @@ class _Columns:
     types: Ints
     times: Ints
     hashes: Ints
-    ads: dict[str, str]
+    ads: dict[str, int]
+    """Ad -> position of its newest event here."""
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> "_Columns":
@@ -243,7 +237,7 @@ class _Columns:
             types=np.array([CODES[event.event_type] for event in events], np.int64),
             times=np.array([event.event_time for event in events], np.int64),
             hashes=np.array([digest(event.event_id.encode()) for event in events], np.uint64).view(np.int64),
-            ads={event.ad_id: event.item_id for event in events if event.ad_id is not None},
+            ads={event.ad_id: at for at, event in enumerate(events) if event.ad_id is not None},
         )
 
 
@@ -268,7 +262,6 @@ class _Breaker:
 
 def _earlier(committed: int | None, stored: int | None) -> int | None:
     return None if committed is None or stored is None else min(committed, stored)
-
 
 
 def _asked_again(connection: Connection, users: list[str]) -> tuple[list[str], Ints, Ints]:

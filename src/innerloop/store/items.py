@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from psycopg2.extensions import cursor as Cursor  # noqa: N812 - the driver names its class so
 from psycopg2.extras import execute_values
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 
-from innerloop.store.database import cursor_of
+from innerloop.store.database import cursor_of, transaction
 
 MAX_CACHED_ITEMS = 2_000_000
 
@@ -29,35 +30,37 @@ _SEE_ADS = """
 class ItemNumbers:
     """Item numbers known to this process. Bounded: a catalogue larger than the bound is read again now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._numbers: dict[str, int] = {}
-        self._unsure: dict[str, int] = {}
 
-    def intern(self, connection: Connection, item_ids: Sequence[str]) -> dict[str, int]:
-        """Numbers for all of `item_ids`; new items are inserted in the caller's transaction."""
+    def intern(self, item_ids: Sequence[str]) -> list[int]:
+        """The number of each of `item_ids`; new items are inserted first. Raises RetryError.
+
+        In a transaction of its own: inside the batch's, two workers that met the same new item waited for each other's
+        whole batch. A number that no event uses, should the batch not commit, harms nothing.
+        """
         known = self._numbers
         new = list({item for item in item_ids if item not in known})
         if new:
-            cursor = cursor_of(connection)
-            cursor.execute(_NUMBERS, (new,))
-            self._unsure.update(cursor.fetchall())
-            unseen = [item for item in new if item not in self._unsure]
-            if unseen:
-                cursor.execute(_INTERN, (unseen,))
-                cursor.execute(_NUMBERS, (unseen,))
-                self._unsure.update(cursor.fetchall())
-        return {item: known[item] if item in known else self._unsure[item] for item in set(item_ids)}
+            if len(known) + len(new) > MAX_CACHED_ITEMS:
+                known.clear()
+                new = list(set(item_ids))
+            with transaction(self._engine) as connection:
+                found = _find_or_insert(cursor_of(connection), new)
+            known.update(found)  # only now: a number that was rolled back never was
+        return [known[item] for item in item_ids]
 
-    def committed(self) -> None:
-        """The transaction that interned has committed: its numbers hold from now on."""
-        if len(self._numbers) + len(self._unsure) > MAX_CACHED_ITEMS:
-            self._numbers.clear()
-        self._numbers.update(self._unsure)
-        self._unsure.clear()
 
-    def rolled_back(self) -> None:
-        """The transaction that interned did not commit: its numbers never were."""
-        self._unsure.clear()
+def _find_or_insert(cursor: Cursor, items: list[str]) -> dict[str, int]:
+    cursor.execute(_NUMBERS, (items,))
+    found = dict(cursor.fetchall())
+    unseen = [item for item in items if item not in found]
+    if unseen:
+        cursor.execute(_INTERN, (unseen,))
+        cursor.execute(_NUMBERS, (unseen,))
+        found.update(cursor.fetchall())
+    return found
 
 
 def see_ads(connection: Connection, ads: Mapping[str, int]) -> None:
@@ -68,7 +71,9 @@ def see_ads(connection: Connection, ads: Mapping[str, int]) -> None:
 
 def items_after(connection: Connection, number: int) -> list[tuple[int, str]]:
     """(item_no, item_id) of items numbered above `number`."""
-    rows = connection.execute(text("SELECT item_no, item_id FROM items WHERE item_no > :n ORDER BY item_no"), {"n": number})
+    rows = connection.execute(
+        text("SELECT item_no, item_id FROM items WHERE item_no > :n ORDER BY item_no"), {"n": number}
+    )
     return [(row.item_no, row.item_id) for row in rows]
 
 
@@ -82,5 +87,7 @@ def items_numbered(connection: Connection, numbers: Sequence[int]) -> list[tuple
 
 def active_ads(connection: Connection, days: float) -> list[tuple[str, int]]:
     """(ad_id, item_no) of ads with an event in the last `days`."""
-    query = text("SELECT ad_id, item_no FROM ads WHERE last_seen > now() - make_interval(secs => :seconds) ORDER BY ad_id")
+    query = text(
+        "SELECT ad_id, item_no FROM ads WHERE last_seen > now() - make_interval(secs => :seconds) ORDER BY ad_id"
+    )
     return [(row.ad_id, row.item_no) for row in connection.execute(query, {"seconds": days * 86_400})]

@@ -66,4 +66,3 @@ releases = Table(
     Column("location", Text, nullable=False),
     Column("created", DateTime(timezone=True), nullable=False, server_default=text("now()")),
 )
-

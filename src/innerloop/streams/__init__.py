@@ -1,0 +1,1 @@
+"""Kafka: the consumer loop, the producer, dead letters, topics and lag."""

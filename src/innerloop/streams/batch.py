@@ -1,6 +1,6 @@
 """What one poll brought, by column: the processors work on lists, not on messages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,17 +41,29 @@ class Batch:
         return [message.offset() or 0 for message in self._messages]
 
     @cached_property
+    def _topics(self) -> list[str]:
+        return [message.topic() or "" for message in self._messages]
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return [message.partition() or 0 for message in self._messages]
+
+    @property
     def partitions(self) -> list[Partition]:
-        return [(message.topic() or "", message.partition() or 0) for message in self._messages]
+        return list(zip(self._topics, self._numbers, strict=True))
 
     @cached_property
     def next_offsets(self) -> dict[Partition, int]:
         """By partition, the offset after the last record here: the later of equal keys wins in a dict."""
-        return {partition: last + 1 for partition, last in zip(self.partitions, self.offsets, strict=True)}
+        return {partition: last + 1 for partition, last in self._last(self._topics, self._numbers, self.offsets)}
 
     @cached_property
     def first_offsets(self) -> dict[Partition, int]:
-        return dict(zip(reversed(self.partitions), reversed(self.offsets), strict=True))
+        return dict(self._last(self._topics[::-1], self._numbers[::-1], self.offsets[::-1]))
+
+    @staticmethod
+    def _last(topics: list[str], numbers: list[int], offsets: list[int]) -> Iterable[tuple[Partition, int]]:
+        return dict(zip(zip(topics, numbers, strict=True), offsets, strict=True)).items()
 
     def timestamp_ms(self, position: int) -> int:
         """When the record was produced, by the broker's or producer's clock."""

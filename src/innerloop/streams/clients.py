@@ -69,6 +69,8 @@ def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
         "queued_max_messages_kbytes": 32_768,
         "queued_min_messages": 50_000,
         "fetch_wait_max_ms": 100,
+        # How long a full queue waits before it asks again: librdkafka's second would let the queue run empty.
+        "fetch_queue_backoff_ms": 5,
         "fetch_error_backoff_ms": 100,
     }
     return _made(Consumer, properties(settings, **{**ours, **own}))

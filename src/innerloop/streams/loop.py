@@ -92,7 +92,7 @@ class Loop:
                 return Batch([])
             rest = self._consumer.consume(self._batch_size - 1, self._poll_seconds) if self._batch_size > 1 else []
         messages = [first, *rest]
-        if any(message.error() is not None for message in messages):
+        if [1 for message in messages if message.error() is not None]:
             messages = [message for message in messages if not self._is_error(message)]
         return Batch(messages).keeping(self._owned.__contains__)
 
@@ -144,7 +144,9 @@ class Loop:
             message = self._consumer.poll(min(left, _IDLE_SECONDS))
             if message is not None and message.error() is None:
                 # Fetched before the pause took hold: read it again later.
-                self._consumer.seek(TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0))
+                self._consumer.seek(
+                    TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
+                )
         return True
 
     def _resume(self) -> None:
@@ -236,9 +238,7 @@ class Loop:
         self._processor.revoked(partitions)
 
     @staticmethod
-    def _partitions(
-        partitions: Any, offsets: Mapping[Partition, int] | None = None
-    ) -> list[TopicPartition]:
+    def _partitions(partitions: Any, offsets: Mapping[Partition, int] | None = None) -> list[TopicPartition]:
         if offsets is None:
             return [TopicPartition(topic, partition) for topic, partition in partitions]
         return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]

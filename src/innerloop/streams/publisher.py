@@ -27,7 +27,13 @@ class Publisher:
             self._failure = error.str()
 
     def send(
-        self, topic: str, key: str | bytes | None, value: bytes | None, *, headers: Headers | None = None, partition: int = -1
+        self,
+        topic: str,
+        key: str | bytes | None,
+        value: bytes | None,
+        *,
+        headers: Headers | None = None,
+        partition: int = -1,
     ) -> None:
         """Queue one record; waits for room when the queue is full. `partition` -1 lets the key decide."""
         while True:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs one benchmark after installing: tests/bench.sh ingest|adapt|loop [--json FILE] [options; --help lists them]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in
+    ingest | adapt | loop) ;;
+    *)
+        echo "usage: tests/bench.sh ingest|adapt|loop [--json FILE] [options; --help lists them]" >&2
+        exit 2
+        ;;
+esac
+deploy/install.sh
+exec .venv/bin/python "tests/benchmarks/$1.py" "${@:2}"

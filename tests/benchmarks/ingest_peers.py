@@ -1,0 +1,175 @@
+"""Running the peers: each in an environment of its own, on the same records, broker, database server and cores."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clicks import Clicks
+from cluster import Cluster, stop, tail
+from machine import CONSOLE, ROOT
+
+PEERS = Path(__file__).with_name("peers")
+ENVIRONMENTS = Path.home() / ".cache" / "innerloop" / "bench"
+SCRIPTS = {"faust": "faust_agent.py", "quix": "quix.py", "pathway": "pathway_subscriber.py"}
+_START_SECONDS = 60.0
+_LOOK_SECONDS = 0.05
+
+
+class PeerError(Exception):
+    """A peer could not be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Events committed within `seconds` after the first record, and the examples in the table at the end."""
+
+    events: int
+    seconds: float
+    examples: int
+
+    @property
+    def rate(self) -> float:
+        """Events per second."""
+        return self.events / self.seconds
+
+
+def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processes: int, limit: float) -> Measured:
+    """Run a peer until all is committed or `limit` seconds after its first record. Raises PeerError.
+
+    The clock starts when the first of its processes sees its first record and stops after the last commit: start-up,
+    imports and joining the group are not counted. What its processes say they committed is compared with the table.
+    """
+    python = _environment(peer)
+    log, errors = cluster.folder / f"{peer}.log", cluster.folder / f"{peer}.errors"
+    with cluster.database() as database, database.open() as connection, connection.cursor() as cursor:
+        cursor.execute(_table())
+        environment = {
+            **os.environ,
+            "BENCH_BROKER": cluster.bootstrap_servers,
+            "BENCH_DATABASE": database.dsn,
+            "BENCH_TOPIC": topic,
+            "BENCH_GROUP": f"bench-{peer}-{uuid.uuid4().hex[:8]}",
+        }
+        with _running(_commands(peer, python, processes), environment, log, errors) as running:
+            _wait(running, log, errors, len(clicks), limit)
+        cursor.execute("SELECT coalesce(sum(events), 0), coalesce(sum(cardinality(items)), 0) FROM peer_sets")
+        events, examples = map(int, cursor.fetchone() or (0, 0))
+        connection.commit()
+    said = _committed(log)
+    if sum(count for _, count in said) != events:
+        raise PeerError(f"it says that it committed {sum(count for _, count in said)} events, its table has {events}")
+    began = _started(log)
+    if began is None or not said:
+        raise PeerError(f"nothing was committed: {tail(errors, 300)}")
+    counted = [(at, count) for at, count in said if at <= began + limit]
+    return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, examples)
+
+
+def _environment(peer: str) -> Path:
+    """The interpreter of the peer's environment, installed from its list when that has changed. Raises PeerError."""
+    folder, wanted = ENVIRONMENTS / peer, (PEERS / f"{peer}.txt").read_text()
+    stamp = folder / "installed.txt"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder / "bin" / "python"
+    CONSOLE.print(f"Installing {peer} into {folder}.")
+    uv = str(ROOT / ".venv" / "bin" / "uv")
+    requirements = str(PEERS / f"{peer}.txt")
+    for arguments in (
+        ["venv", "--quiet", "--clear", "--python", sys.executable, str(folder)],
+        ["pip", "install", "--quiet", "--python", str(folder), "-r", requirements],
+    ):
+        done = subprocess.run([uv, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PeerError(f"it cannot be installed: {done.stderr.strip()[-300:]}")
+    stamp.write_text(wanted)
+    return folder / "bin" / "python"
+
+
+def _table() -> str:
+    """The peers' table, from the module that only their environments can import."""
+    source = (PEERS / "upserts.py").read_text()
+    return source.partition('TABLE = """')[2].partition('"""')[0]
+
+
+def _commands(peer: str, python: Path, processes: int) -> list[list[str]]:
+    script = str(PEERS / SCRIPTS[peer])
+    if peer == "faust":
+        return [[str(python), script, "worker", "--loglevel=warning", "--without-web"]] * processes
+    if peer == "pathway":
+        port = str(_free_ports(processes))
+        spawn = ["spawn", "--processes", str(processes), "--first-port", port]
+        return [[str(python.with_name("pathway")), *spawn, str(python), script]]
+    return [[str(python), script]] * processes
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for first in range(21_000, 31_000, count):
+        with ExitStack() as sockets:
+            try:
+                for port in range(first, first + count):
+                    sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first
+    raise PeerError("no free ports in a row")
+
+
+@contextmanager
+def _running(
+    commands: list[list[str]], environment: dict[str, str], log: Path, errors: Path
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    processes = []
+    with log.open("ab") as out, errors.open("ab") as wrong:
+        for command in commands:
+            # Each in a folder of its own: some keep state where they run.
+            folder = log.parent / f"{log.stem}-{len(processes)}"
+            folder.mkdir(exist_ok=True)
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=out, stderr=wrong, start_new_session=True
+            )
+            processes.append(process)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            stop(process)
+
+
+def _wait(running: list["subprocess.Popen[bytes]"], log: Path, errors: Path, count: int, limit: float) -> None:
+    """Until all is committed, or the time is up. Raises PeerError when a process ends or nothing begins."""
+    until = time.monotonic() + _START_SECONDS
+    while (began := _started(log)) is None:
+        if time.monotonic() > until:
+            raise PeerError(f"no record within {_START_SECONDS:.0f} s: {tail(errors, 300)}")
+        _require(running, errors)
+        time.sleep(_LOOK_SECONDS)
+    while time.monotonic() < began + limit and sum(done for _, done in _committed(log)) < count:
+        _require(running, errors)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _require(running: list["subprocess.Popen[bytes]"], errors: Path) -> None:
+    for process in running:
+        if process.poll() is not None:
+            raise PeerError(f"a process ended with code {process.returncode}: {tail(errors, 300)}")
+
+
+def _lines(log: Path, word: str) -> list[list[str]]:
+    lines = (line.split() for line in log.read_text(errors="replace").splitlines())
+    return [line for line in lines if line and line[0] == word]
+
+
+def _started(log: Path) -> float | None:
+    return min((float(line[1]) for line in _lines(log, "started")), default=None)
+
+
+def _committed(log: Path) -> list[tuple[float, int]]:
+    return [(float(line[1]), int(line[2])) for line in _lines(log, "committed")]
