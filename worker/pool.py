@@ -1,7 +1,8 @@
 """The worker pool: a supervisor and its processes, each a member of the consumer group.
 
-A process that dies is started again, and the log says why it died. One that leaves with a sentence about settings or
-services (exit code 2 or 3) would do so again: then the supervisor stops the others and leaves with the same code.
+A process that dies is started again, and the log says why it died. One whose first start ends with a sentence about
+settings or services (exit code 2 or 3) would end so again: then the supervisor stops the others and leaves with the same
+code. Once it has run, a missing service is an outage, and it is started until it stays.
 """
 
 import signal
@@ -57,7 +58,7 @@ class Pool:
             code = member.process.poll()
             if code is None:
                 continue
-            if code in _HOPELESS:
+            if code in _HOPELESS and member.failures == 0:
                 self.stop()
                 return code
             self._restart(member, code)

@@ -39,10 +39,10 @@ from innerloop.streams.watch import OutputWatch, owner_headers
 from innerloop.support import Ints, SupportSets, ranges
 
 _LOG = structlog.get_logger(__name__)
-_FLUSH_SECONDS = 10.0
+_FLUSH_SECONDS = 5.0
 _TASKS_AT_ONCE = 1024
 # Numbers are given out before they are committed, so a lower one can appear after a higher one.
-_NUMBERS_BACK = 1000
+_NUMBERS_BACK = 200
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Adapt:
         self._refreshed_at = 0.0
         self._catalogue = self._newest_catalogue()
         self._refresh()
+        self._score(SupportSets.empty(1))  # the first solve of a process is slow, and nobody should wait for it
 
     # --- the loop's contract
 

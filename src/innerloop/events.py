@@ -1,7 +1,7 @@
 """Messages in: decoding of one event record, and what makes it a dead letter."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import Annotated, Any, Literal
 
@@ -46,10 +46,11 @@ class Event(msgspec.Struct, gc=False):
     def time_ms(self) -> int:
         """`event_time` as epoch milliseconds."""
         time = self.event_time
-        return time if isinstance(time, int) else int(time.timestamp() * 1000)
+        return time if isinstance(time, int) else (time - _EPOCH) // timedelta(milliseconds=1)
 
 
 _TOGETHER = 64
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DECODER = msgspec.json.Decoder(Event)
 
 

@@ -36,7 +36,7 @@ from innerloop.streams.publisher import Publisher
 from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge, newest
 
 _LOG = structlog.get_logger(__name__)
-_FLUSH_SECONDS = 10.0
+_FLUSH_SECONDS = 5.0
 _MAX_CONFLICTS = 10
 
 

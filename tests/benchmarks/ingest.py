@@ -17,7 +17,8 @@ ingest.rss_mb               the largest ingest process's peak resident memory (V
 ingest.postgres_limit       the product's transactions alone, see ingest_limits.py: one connection, and two.
 ingest.kafka_limit          one confluent-kafka consumer that reads and does nothing.
 ingest.faust, .quix,        per-user arrays by batched upserts into the same Postgres, see peers/: the same number of
-  .pathway                  processes, the clock from the first record to the last commit, cut off after --peer-seconds.
+  .pathway                  processes, the clock from the group's first assignment to the last commit, cut off after
+                            --peer-seconds. Their result is reported, not compared: they don't deduplicate.
 """
 
 import argparse
@@ -172,8 +173,9 @@ def _peer(report: Report, cluster: Cluster, clicks: Clicks, peer: str, asked: ar
     except PeerError as error:
         report.missing(name, _UNIT, str(error))
         return
-    note = f"{measured.events:,} events in {measured.seconds:.1f} s, {asked.processes} processes"
-    report.add(name, measured.rate, _UNIT, f"{note}; {measured.examples:,} examples stored")
+    done = f"{measured.events:,} events in {measured.seconds:.1f} s, {asked.processes} processes"
+    seen = f"first record after {measured.first:.1f} s, {measured.examples:,} examples stored"
+    report.add(name, measured.rate, _UNIT, f"{done}; {seen}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from clicks import Clicks
 from cluster import Cluster, stop, tail
 from machine import CONSOLE, ROOT
+
+from innerloop.config import KafkaSettings
+from innerloop.streams.groups import members_with_partitions
 
 PEERS = Path(__file__).with_name("peers")
 ENVIRONMENTS = Path.home() / ".cache" / "innerloop" / "bench"
@@ -28,10 +31,11 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Events committed within `seconds` after the first record, and the examples in the table at the end."""
+    """Events committed within `seconds` after the start, the first of them at `first`; examples in the table."""
 
     events: int
     seconds: float
+    first: float
     examples: int
 
     @property
@@ -43,12 +47,14 @@ class Measured:
 def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processes: int, limit: float) -> Measured:
     """Run a peer until all is committed or `limit` seconds after its first record. Raises PeerError.
 
-    The clock starts when the first of its processes sees its first record and stops after the last commit: start-up,
-    imports and joining the group are not counted. What its processes say they committed is compared with the table.
+    The clock starts when the broker first says that a member of the group has partitions, or when the first record
+    reaches the peer's own code if that comes first, and stops after the last commit: start-up and imports are not
+    counted. What its processes say they committed is compared with the table.
     """
     python = _environment(peer)
     log, errors = cluster.folder / f"{peer}.log", cluster.folder / f"{peer}.errors"
-    with cluster.database() as database, database.open() as connection, connection.cursor() as cursor:
+    with cluster.database() as database, closing(database.open()) as connection:
+        cursor = connection.cursor()
         cursor.execute(_table())
         environment = {
             **os.environ,
@@ -58,18 +64,19 @@ def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processe
             "BENCH_GROUP": f"bench-{peer}-{uuid.uuid4().hex[:8]}",
         }
         with _running(_commands(peer, python, processes), environment, log, errors) as running:
-            _wait(running, log, errors, len(clicks), limit)
+            peer_run = _PeerRun(running, log, errors)
+            began = peer_run.wait_started(cluster.settings(database).kafka, environment["BENCH_GROUP"])
+            peer_run.wait_done(began + limit, len(clicks))
         cursor.execute("SELECT coalesce(sum(events), 0), coalesce(sum(cardinality(items)), 0) FROM peer_sets")
         events, examples = map(int, cursor.fetchone() or (0, 0))
-        connection.commit()
     said = _committed(log)
     if sum(count for _, count in said) != events:
         raise PeerError(f"it says that it committed {sum(count for _, count in said)} events, its table has {events}")
-    began = _started(log)
-    if began is None or not said:
+    if not said:
         raise PeerError(f"nothing was committed: {tail(errors, 300)}")
     counted = [(at, count) for at, count in said if at <= began + limit]
-    return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, examples)
+    first = (_started(log) or began) - began
+    return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, first, examples)
 
 
 def _environment(peer: str) -> Path:
@@ -101,7 +108,7 @@ def _table() -> str:
 def _commands(peer: str, python: Path, processes: int) -> list[list[str]]:
     script = str(PEERS / SCRIPTS[peer])
     if peer == "faust":
-        return [[str(python), script, "worker", "--loglevel=warning", "--without-web"]] * processes
+        return [[str(python), script, "worker", "--loglevel=warn", "--without-web"]] * processes
     if peer == "pathway":
         port = str(_free_ports(processes))
         spawn = ["spawn", "--processes", str(processes), "--first-port", port]
@@ -143,23 +150,34 @@ def _running(
             stop(process)
 
 
-def _wait(running: list["subprocess.Popen[bytes]"], log: Path, errors: Path, count: int, limit: float) -> None:
-    """Until all is committed, or the time is up. Raises PeerError when a process ends or nothing begins."""
-    until = time.monotonic() + _START_SECONDS
-    while (began := _started(log)) is None:
-        if time.monotonic() > until:
-            raise PeerError(f"no record within {_START_SECONDS:.0f} s: {tail(errors, 300)}")
-        _require(running, errors)
-        time.sleep(_LOOK_SECONDS)
-    while time.monotonic() < began + limit and sum(done for _, done in _committed(log)) < count:
-        _require(running, errors)
-        time.sleep(_LOOK_SECONDS)
+@dataclass(frozen=True)
+class _PeerRun:
+    """The peer's processes and what they have written."""
 
+    processes: list["subprocess.Popen[bytes]"]
+    log: Path
+    errors: Path
 
-def _require(running: list["subprocess.Popen[bytes]"], errors: Path) -> None:
-    for process in running:
-        if process.poll() is not None:
-            raise PeerError(f"a process ended with code {process.returncode}: {tail(errors, 300)}")
+    def wait_started(self, settings: KafkaSettings, group: str) -> float:
+        """When the clock starts. Raises PeerError when a process ends or nothing begins."""
+        until = time.monotonic() + _START_SECONDS
+        while (first := _started(self.log)) is None and not members_with_partitions(settings, group):
+            if time.monotonic() > until:
+                raise PeerError(f"no record within {_START_SECONDS:.0f} s: {tail(self.errors, 300)}")
+            self._require_running()
+            time.sleep(_LOOK_SECONDS)
+        return time.monotonic() if first is None else first
+
+    def wait_done(self, until: float, count: int) -> None:
+        """Until all is committed, or the time is up. Raises PeerError when a process ends."""
+        while time.monotonic() < until and sum(done for _, done in _committed(self.log)) < count:
+            self._require_running()
+            time.sleep(_LOOK_SECONDS)
+
+    def _require_running(self) -> None:
+        for process in self.processes:
+            if process.poll() is not None:
+                raise PeerError(f"a process ended with code {process.returncode}: {tail(self.errors, 300)}")
 
 
 def _lines(log: Path, word: str) -> list[list[str]]:
