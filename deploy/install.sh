@@ -14,9 +14,17 @@ import sys
 sys.exit(sys.version_info < (3, 11))
 PY
 
+# mypy and import-linter want one tree that is named as the packages are; worker/ and schemas/ lie outside src/.
+tree=.venv/tree/innerloop
+link_tree() {
+    rm -rf "$tree" && mkdir -p "$tree"
+    (cd "$tree" && ln -sfn ../../../src/innerloop/* ../../../worker ../../../schemas .)
+}
+
 stamp="$({ cat "$LOCK" pyproject.toml deploy/install.sh; echo "$TORCH"; pwd; } | "$PYTHON" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
 if [ "$(cat .venv/innerloop.stamp 2>/dev/null || true)" = "$stamp" ]; then
+    link_tree
     exit 0
 fi
 
@@ -47,5 +55,6 @@ else
 fi
 echo "== installing innerloop from this checkout"
 uv pip install --quiet --no-deps --no-build-isolation --editable .
+link_tree
 echo "$stamp" >.venv/innerloop.stamp
 echo "== installed in $((SECONDS - started)) s"

@@ -7,7 +7,7 @@ bin=.venv/bin
 echo "== lint"
 $bin/ruff check .
 $bin/ruff format --check .
-$bin/lint-imports --no-logo
+PYTHONPATH=.venv/tree $bin/lint-imports --no-logo
 echo "== types"
 $bin/mypy
 echo "== tests"

@@ -4,23 +4,22 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
+import polars as pl
 from pydantic import SecretStr
 from rich.console import Console
 from rich.live import Live
-from sqlalchemy import Engine
 
 from innerloop.config import Settings, load_settings
 from innerloop.errors import ServiceError, SettingsError
-from innerloop.learning.ranking import top_k
+from innerloop.learning.catalogue import unadapted_list
 from innerloop.learning.releases import Release
 from innerloop.store import accounts
-from innerloop.store.database import connect, transaction
+from innerloop.store.database import Database, connect, transaction
 from innerloop.store.migrate import migrate
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.lag import LagReader
@@ -93,7 +92,9 @@ def run_demo(settings: Settings, options: DemoOptions) -> int:
         release, _ = train_release(settings, engine, source.history)
         demo = _Demo(settings, engine, release, folder, options.workers)
         console.print(f"== {len(release.item_ids):,} items; workers start {_since(started)}", highlight=False)
-        report = demo.run(source, rate, options.seconds, stopping, console, started)
+        report = demo.run(
+            source, rate=rate, seconds=options.seconds, stopping=stopping, console=console, started=started
+        )
     _tell(console, report, options.report)
     return 0 if report.ok else 1
 
@@ -114,7 +115,7 @@ def parse_rate(rate: str) -> float | None:
 class _Demo:
     """One run: the worker processes, the subscriber, and the accounts before and after."""
 
-    def __init__(self, settings: Settings, engine: Engine, release: Release, folder: Path, workers: int) -> None:
+    def __init__(self, settings: Settings, engine: Database, release: Release, folder: Path, workers: int) -> None:
         self._settings, self._engine, self._workers, self._folder = settings, engine, workers, folder
         self._subscriber = Subscriber(settings, unadapted_list(release, settings.adapt.top))
         self._producer = EventProducer(settings)
@@ -124,9 +125,10 @@ class _Demo:
     def run(
         self,
         source: Source,
+        *,
         rate: float | None,
         seconds: float | None,
-        stopping: object,
+        stopping: Callable[[], bool],
         console: Console,
         started: float,
     ) -> Report:
@@ -140,7 +142,7 @@ class _Demo:
             console.print(f"== the loop runs {_since(started)}", highlight=False)
             began = time.monotonic()
             with LagReader(self._settings) as lags:
-                self._replay(source, rate, seconds, stopping, console, pool, lags)
+                self._replay(source, pool, lags, rate=rate, seconds=seconds, stopping=stopping, console=console)
                 self._producer.finish()
                 self._report.seconds = round(time.monotonic() - began, 3)
                 self._report.lag_final = self._drain(lags, pool)
@@ -152,12 +154,12 @@ class _Demo:
 
     # --- running
 
-    def _wait_for_members(self, pool: Pool, stopping: object) -> None:
+    def _wait_for_members(self, pool: Pool, stopping: Callable[[], bool]) -> None:
         """Wait until both groups own all their partitions: the clock of latency should not run before."""
         groups = {self._settings.kafka.ingest_group: 1, self._settings.kafka.adapt_group: self._workers}
         until = time.monotonic() + 60
         while not all(self._assigned(group) >= members for group, members in groups.items()):
-            if pool.look() or time.monotonic() > until or stopping():  # type: ignore[operator]
+            if pool.look() or time.monotonic() > until or stopping():
                 raise ServiceError(f"The workers did not start: {self._folder / 'workers.log'} says why.")
             time.sleep(0.1)
 
@@ -169,12 +171,13 @@ class _Demo:
     def _replay(
         self,
         source: Source,
-        rate: float | None,
-        seconds: float | None,
-        stopping: object,
-        console: Console,
         pool: Pool,
         lags: LagReader,
+        *,
+        rate: float | None,
+        seconds: float | None,
+        stopping: Callable[[], bool],
+        console: Console,
     ) -> None:
         pace, began = Pace(rate), time.monotonic()
         ticks = _Ticks(self, lags, source.total)
@@ -190,7 +193,7 @@ class _Demo:
                     else:
                         console.print(tick_line(tick), highlight=False, soft_wrap=True)
                     pool.look()
-                if stopping() or (seconds is not None and time.monotonic() - began >= seconds):  # type: ignore[operator]
+                if stopping() or (seconds is not None and time.monotonic() - began >= seconds):
                     return
 
     def _drain(self, lags: LagReader, pool: Pool) -> int:
@@ -282,14 +285,7 @@ class _Ticks:
         return tick
 
 
-def unadapted_list(release: Release, top: int) -> list[str]:
-    """What everybody would be shown without adaptation: the items that the prior likes best."""
-    with torch.inference_mode():
-        best, _ = top_k(release.head.prior.unsqueeze(0), release.item_vectors, top)
-    return [release.item_ids[place] for place in best[0].tolist()]
-
-
-def _rows(chunks: Iterator, pace: Pace) -> Iterator[tuple[str, str, str, int, bytes]]:  # type: ignore[type-arg]
+def _rows(chunks: Iterator[pl.DataFrame], pace: Pace) -> Iterator[tuple[str, str, str, int, bytes]]:
     """Every event when it is due: user, type, item, time, and the record."""
     due = 0
     for chunk in chunks:

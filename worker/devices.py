@@ -30,16 +30,15 @@ def shares(devices: str, processes: int | None) -> list[Share]:
 
 
 def _available() -> list[str]:
-    import torch  # noqa: PLC0415 - slow to load, and only this needs it
+    from innerloop.learning.devices import gpus  # noqa: PLC0415 - torch is slow to load, and only this needs it
 
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    return gpus() or ["cpu"]
 
 
 def _check(name: str) -> None:
     if name == "cpu":
         return
-    import torch  # noqa: PLC0415
+    from innerloop.learning.devices import gpus  # noqa: PLC0415
 
-    known = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    if name not in known:
+    if name not in (known := gpus()):
         raise SettingsError(f"There is no device {name}: choose from {', '.join(['cpu', *known])}.")

@@ -58,7 +58,7 @@ class Pool:
             code = member.process.poll()
             if code is None:
                 continue
-            if code in _HOPELESS and member.failures == 0:
+            if code in _HOPELESS and member.failures == 0 and time.monotonic() - member.started < _SETTLED_SECONDS:
                 self.stop()
                 return code
             self._restart(member, code)

@@ -52,13 +52,11 @@ def run_ingest(settings: Settings) -> None:
 
 def run_adapt(settings: Settings, device: str, threads: int = 0) -> None:
     """One adapt process on `device`, until told to stop; `threads` 0 leaves it to torch. Raises StopError."""
-    import torch  # noqa: PLC0415
-
     from innerloop.adapt import Adapt  # noqa: PLC0415 - torch is only loaded here
+    from innerloop.learning.devices import use_threads  # noqa: PLC0415
     from innerloop.streams.watch import OutputWatch  # noqa: PLC0415
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     stopping = stop_on_signals()
     topics = settings.topics
     engine = connect(settings.database)

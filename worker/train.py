@@ -7,7 +7,6 @@ import msgspec
 import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from sqlalchemy import Engine
 
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
@@ -15,14 +14,16 @@ from innerloop.evaluation.event_table import read_events
 from innerloop.learning.releases import Release, save
 from innerloop.learning.training import train
 from innerloop.store import history, releases
-from innerloop.store.database import connect, require_tables, transaction
+from innerloop.store.database import Database, connect, require_tables, transaction
 from innerloop.streams.publisher import Publisher
+from innerloop.streams.topics import require_topics
 
 
 def run_train(settings: Settings, file: Path | None, columns: Mapping[str, str], share: float) -> None:
     """Train on the first `share` of `file`, or on the support sets in the database, and register the release."""
     engine = connect(settings.database)
     require_tables(engine)
+    require_topics(settings, [settings.topics.releases])  # now, not after the training
     if file is None:
         with transaction(engine) as connection:
             events = history.read_history(connection)
@@ -34,7 +35,7 @@ def run_train(settings: Settings, file: Path | None, columns: Mapping[str, str],
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
 
 
-def train_release(settings: Settings, engine: Engine, events: pl.DataFrame) -> tuple[Release, Path]:
+def train_release(settings: Settings, engine: Database, events: pl.DataFrame) -> tuple[Release, Path]:
     """Train, save, register and announce the next release; the release and its card's path."""
     if events.is_empty():
         raise SettingsError("There are no events to train on: replay some first, or name a file with --events.")
@@ -61,7 +62,7 @@ def train_release(settings: Settings, engine: Engine, events: pl.DataFrame) -> t
     return release, location
 
 
-def register(settings: Settings, engine: Engine, release: Release, location: Path) -> None:
+def register(settings: Settings, engine: Database, release: Release, location: Path) -> None:
     """A row in the database, which adapt reads, and a record on the release topic for everyone else."""
     card = msgspec.json.decode(location.read_bytes())
     with transaction(engine) as connection:

@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 import structlog
 import torch
-from sqlalchemy import Engine
 from torch import Tensor
 
 from innerloop import metrics
@@ -31,7 +30,7 @@ from innerloop.learning.ranking import top_k
 from innerloop.learning.releases import load
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
 from innerloop.store import items, releases, support_sets
-from innerloop.store.database import transaction
+from innerloop.store.database import Database, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.publisher import Publisher
@@ -61,7 +60,7 @@ class Adapt:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        engine: Database,
         ledger: Ledger,
         publisher: Publisher,
         watch: OutputWatch,
@@ -225,16 +224,20 @@ class Adapt:
     def _refresh(self) -> None:
         """New items and ads; a newer release replaces the one in use, and an unreadable one leaves it in use."""
         self._refreshed_at = time.monotonic()
+        catalogue = self._catalogue
         with transaction(self._engine) as connection:
             newest = releases.newest(connection)
-        if newest is not None and newest.version > self._catalogue.release.version:
+        if newest is not None and newest.version > catalogue.release.version:
             try:
-                self._catalogue = self._newest_catalogue()
+                catalogue = self._newest_catalogue()
             except SettingsError as error:
                 _LOG.error("newer release refused, the old one stays in use", why=str(error))
         with transaction(self._engine) as connection:
-            self._catalogue.add(items.items_after(connection, self._catalogue.last_number - _NUMBERS_BACK))
-            self._catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
+            found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
+            catalogue.add(found)
+            catalogue.read_up_to = found[-1][0] if found else catalogue.read_up_to
+            catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
+        self._catalogue = catalogue
 
 
 def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:

@@ -143,11 +143,20 @@ class Settings(BaseSettings):
         return init_settings, env_settings, toml
 
 
+_OTHER_VARIABLES = {"CONFIG", "KAFKA_VERSION", "TORCH"}
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read the settings; raises SettingsError with one line per wrong setting."""
     named = os.environ.get("INNERLOOP_CONFIG")
     if named and not Path(named).is_file():
         raise SettingsError(f"INNERLOOP_CONFIG names {named}, which is not a file: correct it or unset it.")
+    sections = {name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        # pydantic-settings only looks up the names that it knows, so a misspelt one would go unnoticed.
+        ours = name.upper().removeprefix("INNERLOOP_")
+        if ours != name.upper() and ours.partition("__")[0] not in sections | _OTHER_VARIABLES:
+            raise SettingsError(f"Wrong settings: {name} is none of ours; `innerloop config` lists them.")
     try:
         return Settings(**overrides)
     except ValidationError as error:

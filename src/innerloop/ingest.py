@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 import structlog
 import xxhash
-from sqlalchemy import Connection, Engine
 
 from innerloop import metrics
 from innerloop.config import Settings
@@ -28,7 +27,7 @@ from innerloop.errors import RetryError, StopError
 from innerloop.events import CODES, Event, decode_many
 from innerloop.scores import AdaptationRequest
 from innerloop.store import items, support_sets
-from innerloop.store.database import transaction
+from innerloop.store.database import Database, Transaction, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.dead_letters import send_dead_letter
@@ -71,7 +70,7 @@ class _Answer:
 class Ingest:
     """The processor behind `innerloop ingest`; see the module for its order and `streams.loop` for its contract."""
 
-    def __init__(self, settings: Settings, engine: Engine, ledger: Ledger, publisher: Publisher) -> None:
+    def __init__(self, settings: Settings, engine: Database, ledger: Ledger, publisher: Publisher) -> None:
         self._settings, self._engine, self._ledger, self._publisher = settings, engine, ledger, publisher
         self._cache = SupportCache(settings.ingest.cached_users, settings.support.capacity)
         self._numbers = items.ItemNumbers(engine)
@@ -186,7 +185,7 @@ class Ingest:
         self._count(merged, len(users.positions))
         return answer
 
-    def _read(self, connection: Connection, users: list[str]) -> tuple[SupportSets, Ints]:
+    def _read(self, connection: Transaction, users: list[str]) -> tuple[SupportSets, Ints]:
         """Sets and versions of `users`, from the cache and what it lacks from the table; (empty, 0) if new."""
         missing = self._cache.missing(users)
         if missing:
@@ -264,7 +263,7 @@ def _earlier(committed: int | None, stored: int | None) -> int | None:
     return None if committed is None or stored is None else min(committed, stored)
 
 
-def _asked_again(connection: Connection, users: list[str]) -> tuple[list[str], Ints, Ints]:
+def _asked_again(connection: Transaction, users: list[str]) -> tuple[list[str], Ints, Ints]:
     if not users:
         return [], np.zeros(0, np.int64), np.zeros(0, np.int64)
     found, sets, versions = support_sets.read(connection, users)

@@ -8,7 +8,8 @@ itself; its publisher is replaced by one that counts and keeps the records, so t
 network is in any figure.
 
 adapt.batched               requests for all users, 4,096 at a time as the loop polls them: read, solve, score, encode
-adapt.batched.<step>_us     microseconds a user of each step in that run, by the product's own metric
+adapt.batched.<step>_us     microseconds a user of each step in that run, by the product's own metric (on a GPU, which
+                            works behind, what solving costs shows in the score step)
 adapt.one_by_one            the same, one user a call, for the first --single users
 adapt.solve_only            head.adapt alone on support sets in memory, 1,024 at a time
 adapt.score_only            the search for the best items alone, 1,024 parameter vectors at a time
@@ -142,7 +143,7 @@ class Bench:
 def main() -> int:
     """Measure, verify, report."""
     asked = _options()
-    with running_cluster() as cluster, cluster.database() as database:
+    with running_cluster(kafka=False) as cluster, cluster.database() as database:
         report = Report({**describe("-", cluster.postgres_version()), **_device(asked.device)})
         settings = cluster.settings(database)
         bench = Bench(asked, settings, cluster.folder)

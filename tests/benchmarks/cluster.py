@@ -113,18 +113,27 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Start what is not set, once the start-up image is there, and make the topics."""
+def running_cluster(*, kafka: bool = True) -> Iterator[Cluster]:
+    """Start what is not set, once the start-up image is there, and make the topics; or the database alone."""
     logging.getLogger("librdkafka").setLevel(logging.ERROR)
-    _make_image_first()
-    with running_services(load_settings(), announce=CONSOLE.print) as services:
-        settings = load_settings(
-            kafka=load_settings().kafka.model_copy(update={"bootstrap_servers": services.bootstrap_servers})
-        )
-        ensure_topics(settings)
-        _require_empty(settings)
-        with tempfile.TemporaryDirectory(prefix="innerloop-bench-", ignore_cleanup_errors=True) as folder:
-            yield Cluster(services.bootstrap_servers, services.database_url, Path(folder))
+    settings = load_settings()
+    if kafka:
+        _make_image_first()
+    else:
+        settings = _at(settings, "not.used:9092")
+    with (
+        running_services(settings, announce=CONSOLE.print) as services,
+        tempfile.TemporaryDirectory(prefix="innerloop-bench-", ignore_cleanup_errors=True) as folder,
+    ):
+        if kafka:
+            there = _at(settings, services.bootstrap_servers)
+            ensure_topics(there)
+            _require_empty(there)
+        yield Cluster(services.bootstrap_servers, services.database_url, Path(folder))
+
+
+def _at(settings: Settings, bootstrap_servers: str) -> Settings:
+    return load_settings(kafka=settings.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import psutil
 from clicks import Clicks, Stored, send
-from cluster import Cluster, command, require_running, running_cluster
+from cluster import Cluster, command, require_running, running_cluster, tail
 from ingest_limits import kafka_limit, postgres_limit, stored
 from ingest_peers import SCRIPTS, PeerError, measure
 from machine import CONSOLE, Report, describe, options
@@ -41,16 +41,18 @@ from psycopg2.extensions import cursor as Cursor  # noqa: N812 - it is a class
 from innerloop.config import load_settings
 
 _LOOK_SECONDS = 0.02
+_LIMIT_SECONDS = 600.0
 _UNIT = "events/s"
 _PARTS = ("innerloop", "limits", *SCRIPTS)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of the product: events per second, peak memory in MB, what it stored."""
+    """One run of the product: events per second, peak memory in MB, who owned the topic at the end, what it stored."""
 
     rate: float
     rss_mb: float
+    owners: int
     stored: Stored
 
 
@@ -113,7 +115,9 @@ def _innerloop(report: Report, cluster: Cluster, clicks: Clicks, asked: argparse
         if wrong := _wrong([run.stored for run in runs], expected):
             report.missing(name, _UNIT, wrong)
         else:
-            note = f"{processes} processes; {expected.examples:,} examples of {expected.users:,} users, as the oracle"
+            owners = "/".join(str(run.owners) for run in runs)
+            right = f"{expected.examples:,} examples of {expected.users:,} users, as the oracle"
+            note = f"processes: {processes}, of which owned clicks at the end: {owners}; {right}"
             report.add_median(name, [run.rate for run in runs], _UNIT, note)
     report.add("ingest.rss_mb", peak, "MB", "largest process of all runs")
 
@@ -136,15 +140,18 @@ def _run(cluster: Cluster, clicks: Clicks, processes: int) -> _Run:
         with command(["ingest", "--processes", str(processes)], environment, log) as process:
             began = _wait(process, log, lambda: _look(cursor, topic, "count(*)") > 0)
             ended = _wait(process, log, lambda: _look(cursor, topic, "coalesce(sum(next_offset), 0)") >= len(clicks))
-            peak = _peak_mb(process)
+            owners, peak = _look(cursor, topic, "count(DISTINCT owner)"), _peak_mb(process)
         connection.close()
-        return _Run(len(clicks) / (ended - began), peak, stored(settings))
+        return _Run(len(clicks) / (ended - began), peak, owners, stored(settings))
 
 
 def _wait(process: "subprocess.Popen[bytes]", log: Path, done: Callable[[], bool]) -> float:
     """When it was seen to be done, on the monotonic clock."""
+    until = time.monotonic() + _LIMIT_SECONDS
     while not done():
         require_running(process, log)
+        if time.monotonic() > until:
+            raise SystemExit(f"Not done after {_LIMIT_SECONDS:.0f} s:\n{tail(log)}")
         time.sleep(_LOOK_SECONDS)
     return time.monotonic()
 

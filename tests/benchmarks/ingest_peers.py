@@ -75,8 +75,9 @@ def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processe
     if not said:
         raise PeerError(f"nothing was committed: {tail(errors, 300)}")
     counted = [(at, count) for at, count in said if at <= began + limit]
-    first = (_started(log) or began) - began
-    return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, first, examples)
+    seen = _started(log) or began
+    began = min(began, seen)
+    return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, seen - began, examples)
 
 
 def _environment(peer: str) -> Path:

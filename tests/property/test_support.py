@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from innerloop.support import EXAMPLE, Examples, Ints, SupportCache, SupportSets, gather, merge, ranges
+from innerloop.support import newest as newest_of
 
 # (task, time, hash, item): an event; its hash is its identity within the task.
 Plain = tuple[int, int, int, int]
@@ -273,9 +274,8 @@ def test_the_least_recently_used_make_room() -> None:
     assert cache.missing(list("abcdefghi")) == ["c", "d"]
 
 
-def test_a_set_from_before_the_capacity_was_lowered_keeps_its_newest() -> None:
-    cache = SupportCache(4, CAPACITY)
-    cache.put(["u", "v"], sets_of([CAPACITY + 4, 2], 1), np.array([3, 4]))
-    sets, _ = cache.get(["u", "v"])
-    rows = plain(sets_of([CAPACITY + 4, 2], 1))
-    assert plain(sets) == [rows[0][-CAPACITY:], rows[1]]
+def test_sets_from_before_the_capacity_was_lowered_are_cut_to_their_newest() -> None:
+    stored = sets_of([CAPACITY + 4, 0, 2, CAPACITY], 1)
+    assert plain(newest_of(stored, CAPACITY)) == [rows[-CAPACITY:] for rows in plain(stored)]
+    assert plain(newest_of(stored, 1)) == [rows[-1:] for rows in plain(stored)]
+    assert newest_of(stored, CAPACITY + 4) is stored

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.learning.heads import RESTORE, Head
+from innerloop.learning.ranking import top_k
 from innerloop.learning.releases import Release
 
 
@@ -19,7 +20,8 @@ class Catalogue:
         self.head: Head = RESTORE[release.head.name]({name: t.to(device) for name, t in release.head.state().items()})
         self.item_ids = list(release.item_ids)
         self.vectors: Tensor = release.item_vectors.to(device)  # [N, d]
-        self.last_number = 0
+        self.read_up_to = 0
+        """The items of the database have been read up to this number; some above it may be known too."""
         self._places = {item: place for place, item in enumerate(self.item_ids)}
         self._place_of = np.full(1024, -1, np.int64)  # by item number
         self.ad_ids: list[str] = []
@@ -40,7 +42,6 @@ class Catalogue:
             if number >= len(self._place_of):
                 self._place_of = np.concatenate([self._place_of, np.full(max(number, len(self._place_of)), -1)])
             self._place_of[number] = self._places[item]
-            self.last_number = max(self.last_number, number)
 
     def places(self, numbers: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where items are in `vectors`, -1 for a number that `add` has not seen."""
@@ -62,3 +63,10 @@ class Catalogue:
     @property
     def ad_vectors(self) -> Tensor:
         return self.vectors[self._ad_places]  # [A, d]
+
+
+def unadapted_list(release: Release, top: int) -> list[str]:
+    """What everybody would be shown without adaptation: the items that the prior likes best."""
+    with torch.inference_mode():
+        best, _ = top_k(release.head.prior.unsqueeze(0), release.item_vectors, top)
+    return [release.item_ids[place] for place in best[0].tolist()]

@@ -17,6 +17,11 @@ from innerloop.store.tables import metadata
 if TYPE_CHECKING:
     from psycopg2.extensions import cursor as Cursor  # noqa: N812 - the driver names its class so
 
+Database = Engine
+"""What `connect` gives and `transaction` takes."""
+Transaction = Connection
+"""What `transaction` gives and the functions of this package take."""
+
 # Deadlock, serialization failure, lock timeout, query cancelled: the same transaction may pass the next time.
 _PASSING = {"40P01", "40001", "55P03", "57014", "57P01", "57P02", "57P03", "53300"}
 

@@ -17,10 +17,17 @@ _LOG = logging.getLogger("librdkafka")
 # Owned by a guarantee: a pass-through that changed them would break it silently.
 _RESERVED = {
     "bootstrap.servers": "set kafka.bootstrap_servers",
+    "metadata.broker.list": "set kafka.bootstrap_servers",
+    "group.id": "set kafka.ingest_group and kafka.adapt_group",
     "enable.auto.commit": "offsets are committed after the database",
     "enable.auto.offset.store": "offsets are committed after the database",
+    "auto.offset.reset": "what retention has passed must not be skipped in silence",
+    "partition.assignment.strategy": "partitions that do not move must not pause",
     "enable.idempotence": "a retried request must not overtake a newer one",
     "acks": "a flush that is not replicated is no flush",
+    "request.required.acks": "a flush that is not replicated is no flush",
+    "partitioner": "a user's records must share a partition",
+    "transactional.id": "transactions are not used",
 }
 
 

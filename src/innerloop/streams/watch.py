@@ -43,12 +43,14 @@ class OutputWatch:
         if not wanted:
             return
         try:
-            for place in self._consumer.committed(wanted, timeout=10.0):
+            places = self._consumer.committed(wanted, timeout=10.0)
+            for place in places:
                 if place.offset < 0:
                     # Never watched: what is there was written before anyone could be a stranger.
                     _, place.offset = self._consumer.get_watermark_offsets(place, timeout=10.0)
                     self._consumer.commit(offsets=[place], asynchronous=False)
-                self._consumer.incremental_assign([place])
+            # All or none: what was read of a partition that is not yet ours would be taken for answered.
+            self._consumer.incremental_assign(places)
         except KafkaException as error:
             raise RetryError(f"The score topics cannot be watched: {error.args[0].str()}") from error
 
@@ -62,11 +64,15 @@ class OutputWatch:
         """Users with a new record that was not written under `epochs[partition]`, and their partition."""
         found = {}
         for message in self._consumer.consume(_AT_ONCE, 0):
-            key, partition = message.key(), message.partition()
-            if message.error() is not None or key is None or partition not in epochs or message.value() is None:
+            user, partition, epoch = (
+                _user(message.key()),
+                message.partition() or 0,
+                epochs.get(message.partition() or 0),
+            )
+            if message.error() is not None or user is None or epoch is None or message.value() is None:
                 continue
-            if dict(message.headers() or []).get(OWNER_HEADER) != str(epochs[partition]).encode():
-                found[key.decode(errors="replace") if isinstance(key, bytes) else key] = partition
+            if dict(message.headers() or []).get(OWNER_HEADER) != str(epoch).encode():
+                found[user] = partition
         return found
 
     def commit(self) -> None:
@@ -83,3 +89,12 @@ class OutputWatch:
 
     def close(self) -> None:
         self._consumer.close()
+
+
+def _user(key: str | bytes | None) -> str | None:
+    """The user that a record is of; None when its key can be nobody's: Postgres stores neither bad UTF-8 nor NUL."""
+    try:
+        user = key.decode() if isinstance(key, bytes) else key
+    except UnicodeDecodeError:
+        return None
+    return None if user is None or "\0" in user else user

@@ -1,0 +1,585 @@
+"""Adapt against a real Kafka and a real PostgreSQL, run as `innerloop adapt` runs it.
+
+Scores are compared with a computation of their own: float64 numpy, straight from the tensors of the release's file.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from confluent_kafka import Message, TopicPartition, murmur2
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from innerloop import metrics
+from innerloop.adapt import Adapt
+from innerloop.config import AdaptSettings, KafkaSettings, Settings
+from innerloop.errors import RetryError, ServiceError, StopError
+from innerloop.learning.encoder import Encoder
+from innerloop.learning.heads import BayesHead
+from innerloop.learning.releases import Card, DataSummary, Release, save
+from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores
+from innerloop.store import items, support_sets
+from innerloop.store.database import Database, connect, transaction
+from innerloop.streams import clients
+from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.topics import ensure_topics
+from innerloop.streams.watch import OWNER_HEADER
+from innerloop.support import EXAMPLE, SupportSets
+from innerloop.worker import processes
+from innerloop.worker.train import register
+
+DIMENSION, ITEMS, TOP = 12, 40, 7
+NOISE, HALF_LIFE = 0.5, 3_600.0
+NOW = 1_750_000_000_000
+SHORT_SESSION = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
+
+T = TypeVar("T")
+Example = tuple[str, float, int]
+"""Item, weight, seconds before NOW."""
+
+
+@dataclass
+class World:
+    """The outside of adapt: what ingest and train would write, and what a subscriber would read."""
+
+    settings: Settings
+    engine: Database
+    folder: Path
+    given: dict[str, int] = field(default_factory=dict)
+
+    def give(self, user: str, examples: Sequence[Example]) -> int:
+        """Store the user's next support set; its version."""
+        numbers = items.ItemNumbers(self.engine).intern([item for item, _, _ in examples])
+        rows = np.zeros(len(examples), EXAMPLE)
+        rows["item"], rows["weight"] = numbers, [weight for _, weight, _ in examples]
+        rows["time"] = [NOW - 1000 * age for _, _, age in examples]
+        rows["hash"], rows["type"] = np.arange(len(examples)), 1
+        rows = rows[np.argsort(rows["time"], kind="stable")]
+        version = self.given[user] = self.given.get(user, 0) + 1
+        with transaction(self.engine) as connection:
+            sets = SupportSets(np.array([0, len(rows)]), rows)
+            support_sets.write(connection, [user], sets, np.array([version]))
+        return version
+
+    def give_many(self, users: Sequence[str], item: str = "i0") -> None:
+        """The same for many users at once, one event each."""
+        number = items.ItemNumbers(self.engine).intern([item])[0]
+        rows = np.zeros(len(users), EXAMPLE)
+        rows["item"], rows["weight"], rows["time"], rows["type"] = number, 1.0, NOW, 1
+        for user in users:
+            self.given[user] = self.given.get(user, 0) + 1
+        with transaction(self.engine) as connection:
+            sets = SupportSets(np.arange(len(users) + 1), rows)
+            support_sets.write(connection, list(users), sets, np.array([self.given[user] for user in users]))
+
+    def show_ads(self, ads: dict[str, str]) -> None:
+        numbers = items.ItemNumbers(self.engine).intern(list(ads.values()))
+        with transaction(self.engine) as connection:
+            items.see_ads(connection, dict(zip(ads, numbers, strict=True)))
+
+    def ask(self, *users: str) -> None:
+        producer = clients.producer(self.settings.kafka)
+        for user in users:
+            request = AdaptationRequest(user, self.given.get(user, 1), NOW, NOW)
+            producer.produce(self.settings.topics.requests, key=user, value=msgspec.json.encode(request))
+        assert producer.flush(10) == 0
+
+    def ask_and_read(self, user: str) -> RecommendationScores:
+        """Ask, and wait for the record of the user's present version."""
+        self.ask(user)
+        return wait_for(lambda: next((r for r in self.of(user) if r.support_version == self.given[user]), None))
+
+    def send(self, topic: str, key: str | bytes, value: bytes | None, epoch: str | None) -> None:
+        """Write to a score topic by hand, on the partition of the key."""
+        partition = murmur2(key if isinstance(key, bytes) else key.encode(), self.settings.topics.partitions)
+        headers = None if epoch is None else [(OWNER_HEADER, epoch.encode())]
+        producer = clients.producer(self.settings.kafka)
+        producer.produce(topic, value, key, partition=partition, headers=headers)
+        assert producer.flush(10) == 0
+
+    def log(self, topic: str) -> list[Message]:
+        """Everything on a topic, in offset order within each partition."""
+        with clients.consumer(self.settings.kafka, "test") as consumer:
+            count = self.settings.topics.partitions
+            ends = [consumer.get_watermark_offsets(TopicPartition(topic, n), 10)[1] for n in range(count)]
+            consumer.assign([TopicPartition(topic, n, 0) for n in range(count)])
+            messages: list[Message] = []
+            until = time.monotonic() + 20
+            while len(messages) < sum(ends):
+                assert time.monotonic() < until
+                messages += consumer.consume(10_000, 0.1)
+        assert not any(message.error() for message in messages)
+        return messages
+
+    def of(self, user: str) -> list[RecommendationScores]:
+        """The user's lists, oldest first."""
+        mine = [m for m in self.log(self.settings.topics.recommendations) if m.key() == user.encode()]
+        return [msgspec.json.decode(m.value() or b"", type=RecommendationScores) for m in mine]
+
+    def last(self, topic: str) -> dict[str, tuple[int, int]]:
+        """What compaction would leave: each key's last record, as (model_version, support_version)."""
+        found = {}
+        for message in self.log(topic):
+            value, key = json.loads(message.value() or b""), message.key()
+            found[key.decode() if key else ""] = (value["model_version"], value["support_version"])
+        return found
+
+    def last_is_newest(self, topic: str, model_version: int = 1) -> bool:
+        return self.last(topic) == {user: (model_version, version) for user, version in self.given.items()}
+
+    def release(self, version: int, seed: int = 0) -> tuple[Release, Path]:
+        """Make a release with random tensors; it and its card's path."""
+        draw = torch.Generator().manual_seed(seed)
+        vectors = torch.randn(ITEMS, DIMENSION, generator=draw)
+        root = torch.randn(DIMENSION, DIMENSION, generator=draw).tril() * 0.3 + torch.eye(DIMENSION)
+        head = BayesHead(torch.randn(DIMENSION, generator=draw), root, NOISE, HALF_LIFE)
+        encoder = Encoder([f"i{n}" for n in range(ITEMS)], vectors, [], torch.zeros(0, DIMENSION - 2))
+        data = DataSummary(events=1, users=1, items=ITEMS, first_event_time=0, last_event_time=1)
+        card = Card(version, "2026-01-01T00:00:00Z", "bayes", DIMENSION, data, {}, {}, "0")
+        release = Release(card, encoder, head)
+        return release, save(release, self.folder)
+
+    def register(self, version: int, seed: int = 0) -> Path:
+        release, location = self.release(version, seed)
+        register(self.settings, self.engine, release, location)
+        return location
+
+
+def wait_for(look: Callable[[], T | None], seconds: float = 25.0) -> T:
+    until = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+class Member(threading.Thread):
+    """`innerloop adapt --member cpu` in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(daemon=True)
+        self.settings, self.asked = settings, threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            processes.run_adapt(self.settings, "cpu", 1)
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the test wants to see it
+            self.error = error
+
+    def stop(self) -> None:
+        self.asked.set()
+        self.join(20)
+        assert not self.is_alive()
+
+
+@contextmanager
+def running(settings: Settings, members: int = 1) -> Iterator[Member]:
+    """One more member, which has partitions, of a group that then has `members`."""
+    member = Member(settings)
+    member.start()
+    try:
+        wait_for(lambda: member.error or members_with_partitions(settings.kafka, settings.kafka.adapt_group) >= members)
+        yield member
+    finally:
+        member.stop()
+    if member.error is not None:
+        raise member.error
+
+
+def process(settings: Settings) -> "subprocess.Popen[bytes]":
+    """The same as a process of its own, which can be killed."""
+    kafka = {**settings.kafka.model_dump(), "properties": SHORT_SESSION}
+    environment = {
+        "INNERLOOP_KAFKA": json.dumps(kafka),
+        "INNERLOOP_TOPICS": settings.topics.model_dump_json(),
+        "INNERLOOP_DATABASE__URL": settings.database.url.get_secret_value(),
+    }
+    command = [sys.executable, "-m", "innerloop.worker", "adapt", "--member", "cpu", "--threads", "1"]
+    return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(autouse=True)
+def _threads_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> Callable[[], bool]:
+        member = threading.current_thread()
+        assert isinstance(member, Member)
+        return member.asked.is_set
+
+    monkeypatch.setattr(processes, "stop_on_signals", asked)
+
+
+@pytest.fixture
+def world(settings: Settings, tmp_path: Path) -> Iterator[World]:
+    settings = with_adapt(settings, top=TOP, refresh_seconds=0.2)
+    ensure_topics(settings)
+    engine = connect(settings.database)
+    made = World(settings, engine, tmp_path)
+    made.register(1)
+    yield made
+    engine.dispose()
+
+
+def with_adapt(settings: Settings, **values: Any) -> Settings:
+    return settings.model_copy(update={"adapt": AdaptSettings(**{**settings.adapt.model_dump(), **values})})
+
+
+def with_properties(settings: Settings, **values: str) -> Settings:
+    kafka = KafkaSettings.model_validate({**settings.kafka.model_dump(), "properties": values})
+    return settings.model_copy(update={"kafka": kafka})
+
+
+# --- what is computed
+
+
+def expected_scores(card: Path, examples: Sequence[Example]) -> dict[str, float]:
+    """Score of every item of the release, and of those examples that it lacks: ridge regression around the prior."""
+    tensors = load_file(card.with_suffix(".safetensors"))
+    mean, root = tensors["head.mean"].astype(float), tensors["head.root"].astype(float)
+    vectors = dict(zip(json.loads(tensors["item_ids"].tobytes()), tensors["item_vectors"].astype(float), strict=True))
+    for item, _, _ in examples:
+        vectors.setdefault(item, fallback(item))
+    x = np.stack([vectors[item] for item, _, _ in examples])
+    youngest = min(age for _, _, age in examples)
+    w = np.array([weight * 2.0 ** (-(age - youngest) / HALF_LIFE) / NOISE for _, weight, age in examples])
+    precision = np.linalg.inv(root @ root.T) + x.T @ (w[:, None] * x)
+    parameters = mean + np.linalg.solve(precision, x.T @ (w * (1.0 - x @ mean)))
+    return {item: float(vector @ parameters) for item, vector in vectors.items()}
+
+
+def fallback(item: str) -> NDArray[np.float64]:
+    """An item that no release knows: a direction made from its identifier, no popularity, one."""
+    size = DIMENSION - 2
+    digest = hashlib.shake_128(item.encode()).digest((size + 7) // 8)
+    bits = [int(bit) for byte in digest for bit in f"{byte:08b}"][:size]
+    return np.array([*((2 * bit - 1) / size**0.5 for bit in bits), 0.0, 1.0])
+
+
+def best(scores: dict[str, float], top: int) -> list[tuple[str, float]]:
+    return sorted(scores.items(), key=lambda pair: -pair[1])[:top]
+
+
+def same(found: Sequence[tuple[str, float]], wanted: Sequence[tuple[str, float]]) -> bool:
+    scores = [score for _, score in wanted]
+    assert np.diff(scores).max(initial=-1.0) < -1e-4, "the data leave no doubt about the order"
+    return [item for item, _ in found] == [item for item, _ in wanted] and np.allclose(
+        [score for _, score in found], scores, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_scores_equal_a_computation_of_their_own(world: World) -> None:
+    card, topics = world.folder / "release-1.json", world.settings.topics
+    draw = np.random.default_rng(1)
+    users: dict[str, list[Example]] = {
+        f"u{size}": [
+            (f"i{draw.integers(ITEMS)}", float(draw.integers(1, 5)), int(draw.integers(9_999))) for _ in range(size)
+        ]
+        for size in (1, 2, 5, 30, 64)
+    }
+    users["ü/new"] = [("i3", 1.0, 60), ("unheard of", 4.0, 0)]
+    for user, examples in users.items():
+        world.give(user, examples)
+    world.show_ads({"ad-1": "i1", "ad-2": "i2", "ad-2b": "unheard of"})
+    with running(world.settings):
+        world.ask(*users)
+        wait_for(lambda: len(world.log(topics.ads)) == len(users))
+        with world.engine.connect() as connection:
+            ledger = connection.exec_driver_sql("SELECT partition, owner_epoch FROM partition_ledger").all()
+    epochs = {row.partition: row.owner_epoch for row in ledger}
+    lists, shown = world.log(topics.recommendations), world.log(topics.ads)
+    assert {m.key() for m in lists} == {m.key() for m in shown} == {user.encode() for user in users}
+    assert len(lists) == len(shown) == len(users)
+    for message in lists + shown:
+        user = (message.key() or b"").decode()
+        assert message.partition() == murmur2(user.encode(), topics.partitions), "where its requests are"
+        assert message.headers() == [(OWNER_HEADER, str(epochs[message.partition() or 0]).encode())]
+        scores = expected_scores(card, users[user]) | {
+            "unheard of": expected_scores(card, [*users[user], ("unheard of", 0.0, 9_999)])["unheard of"]
+        }
+        kind = RecommendationScores if message.topic() == topics.recommendations else AdScores
+        record = msgspec.json.decode(message.value() or b"", type=kind)
+        if isinstance(record, AdScores):
+            assert {ad.ad_id: ad.item_id for ad in record.ads} == {"ad-1": "i1", "ad-2": "i2", "ad-2b": "unheard of"}
+            three = {item: scores[item] for item in ("i1", "i2", "unheard of")}
+            assert same([(ad.item_id, ad.score) for ad in record.ads], best(three, 3))
+        else:
+            assert same([(each.item_id, each.score) for each in record.items], best(scores, TOP))
+        assert (record.user_id, record.model_version, record.method) == (user, 1, "bayes")
+        assert (record.support_version, record.support_size) == (1, len(users[user]))
+        assert record.event_time == NOW - 1000 * min(age for _, _, age in users[user])
+        assert abs(record.scored_at / 1000 - time.time()) < 60
+
+
+def test_requests_of_one_user_in_one_poll_are_one_record(world: World) -> None:
+    world.give("u", [("i1", 1.0, 0)])
+    world.give("v", [("i2", 1.0, 0)])
+    world.ask("w", "v", *["u"] * 100, "v")
+    with running(with_adapt(world.settings, poll_seconds=2.0)):
+        wait_for(lambda: world.last(world.settings.topics.recommendations).keys() == {"u", "v"})
+        time.sleep(1.0)
+    assert len(world.of("u")) == len(world.of("v")) == 1
+    assert world.of("w") == [], "nobody has heard of w"
+
+
+def test_what_has_been_seen_can_be_left_out(world: World) -> None:
+    examples: list[Example] = [("i1", 4.0, 0), ("i2", 4.0, 0), ("i1", 4.0, 10)]
+    world.give("u", examples)
+    with running(with_adapt(world.settings, exclude_seen=True, top=1000)):
+        record = world.ask_and_read("u")
+    scores = expected_scores(world.folder / "release-1.json", examples)
+    assert {each.item_id for each in record.items} == scores.keys() - {"i1", "i2"}
+
+
+def test_new_items_and_releases_come_in_without_a_restart(world: World) -> None:
+    world.give("u", [("i1", 1.0, 0)])
+    with running(with_adapt(world.settings, top=1000)):
+        assert len(world.ask_and_read("u").items) == ITEMS
+        items.ItemNumbers(world.engine).intern(["new"])
+        time.sleep(1.0)
+        world.give("u", examples := [("i1", 1.0, 0), ("i2", 1.0, 0)])
+        assert {each.item_id for each in world.ask_and_read("u").items} == {f"i{n}" for n in range(ITEMS)} | {"new"}
+
+        second = world.register(2, seed=1)
+        time.sleep(1.0)
+        world.give("u", examples)
+        record = world.ask_and_read("u")
+        assert record.model_version == 2
+        found = [(each.item_id, each.score) for each in record.items if each.item_id != "new"]
+        assert same(found, best(expected_scores(second, examples), ITEMS))
+
+        damaged, location = world.release(3, seed=2)
+        tensors = location.with_suffix(".safetensors")
+        tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+        register(world.settings, world.engine, damaged, location)
+        time.sleep(1.0)
+        world.give("u", examples)
+        assert msgspec.structs.replace(world.ask_and_read("u"), scored_at=0, support_version=0) == (
+            msgspec.structs.replace(record, scored_at=0, support_version=0)
+        ), "the damaged release is refused, the old one stays"
+
+        world.register(4, seed=1)
+        time.sleep(1.0)
+        world.give("u", examples)
+        assert world.ask_and_read("u").model_version == 4
+
+
+def test_an_item_met_early_does_not_hide_those_numbered_below_it(world: World) -> None:
+    made: list[Adapt] = []
+    member = Member(world.settings)
+    member.asked.set()
+    original = Adapt.__init__
+
+    def noted(self: Adapt, *args: Any, **named: Any) -> None:
+        original(self, *args, **named)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adapt, "__init__", noted)
+        member.start()
+        member.stop()
+    assert member.error is None
+    names = [f"n{number:05}" for number in range(5_000)]
+    items.ItemNumbers(world.engine).intern(names)
+    world.give("u", [(names[-1], 1.0, 0)])
+    made[0]._adapt({"u": 0})
+    made[0]._refresh()
+    assert len(made[0]._catalogue) == ITEMS + len(names)
+
+
+# --- what stops it
+
+
+def stopped(settings: Settings) -> BaseException | None:
+    member = Member(settings)
+    member.start()
+    member.join(30)
+    assert not member.is_alive()
+    return member.error
+
+
+def test_without_a_release_it_says_what_to_do(settings: Settings) -> None:
+    ensure_topics(settings)
+    error = stopped(settings)
+    assert isinstance(error, ServiceError)
+    assert "innerloop train" in str(error)
+
+
+def test_unequal_partitions_are_refused(world: World) -> None:
+    few = world.settings.topics.model_copy(update={"ads": world.settings.topics.ads + ".few", "partitions": 3})
+    settings = world.settings.model_copy(update={"topics": few})
+    ensure_topics(settings)
+    error = stopped(settings)
+    assert isinstance(error, ServiceError)
+    assert "equally many partitions" in str(error)
+
+
+@pytest.mark.parametrize("value", [b"{}", b"no JSON", None])
+def test_a_request_that_is_none_stops_it(world: World, value: bytes | None) -> None:
+    world.send(world.settings.topics.requests, "u", value, None)
+    error = stopped(world.settings)
+    assert isinstance(error, StopError)
+    assert "is no request" in str(error)
+
+
+# --- the zombie cure: the last record of a key is the newest, whoever wrote to the log
+
+
+def older(user: str, model: str = "recommendations") -> bytes:
+    """A list that was computed from nothing, long ago."""
+    facts = {"model_version": 1, "support_version": 0, "support_size": 0, "event_time": 0, "scored_at": 0}
+    content: dict[str, object] = {"items": []} if model == "recommendations" else {"ads": []}
+    return json.dumps({"user_id": user, "model": model, "method": "bayes", **facts, **content}).encode()
+
+
+def test_a_strangers_older_record_does_not_stay_the_last(world: World) -> None:
+    topics = world.settings.topics
+    for user in ("u", "v", "w"):
+        world.give(user, [("i1", 1.0, 0)])
+    world.show_ads({"ad": "i1"})
+    with running(world.settings):
+        world.ask("u", "v", "w")
+        wait_for(lambda: world.last_is_newest(topics.ads))
+        world.send(topics.recommendations, "u", older("u"), "0")
+        world.send(topics.recommendations, "v", older("v"), None)
+        world.send(topics.ads, "w", older("w", "ads"), "999")
+        began = time.monotonic()
+        wait_for(lambda: world.last_is_newest(topics.recommendations) and world.last_is_newest(topics.ads))
+        assert time.monotonic() - began < 5.0
+        world.send(topics.recommendations, "u", older("u"), "0")
+        wait_for(lambda: world.last_is_newest(topics.recommendations))
+        time.sleep(1.5)
+        assert len(world.of("v")) == 3 + 0, "a record, the stranger's, the answer: it does not answer itself"
+
+
+@pytest.mark.parametrize("key", [b"\xff", b"nul\0", b"", b"nobody"])
+def test_a_stranger_with_an_impossible_key_harms_nothing(world: World, key: bytes) -> None:
+    world.give("u", [("i1", 1.0, 0)])
+    with running(world.settings) as member:
+        world.ask_and_read("u")
+        world.send(world.settings.topics.recommendations, key, b"?", "0")
+        world.send(world.settings.topics.recommendations, "u", older("u"), "0")
+        wait_for(lambda: member.error or len(world.of("u")) == 3)
+        assert world.of("u")[-1].support_version == 1
+
+
+def test_what_an_owner_could_not_answer_its_successor_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = world.settings.topics.recommendations
+    world.give("u", [("i1", 1.0, 0)])
+    tried = threading.Event()
+
+    def away(_self: Adapt, _users: object) -> None:
+        tried.set()
+        raise RetryError("the database is away")
+
+    with running(world.settings):
+        world.ask_and_read("u")
+        with monkeypatch.context() as patch:
+            patch.setattr(Adapt, "_adapt", away)
+            world.send(topic, "u", older("u"), "0")
+            assert tried.wait(10)
+            time.sleep(2.5)  # its watch commits each second what has been answered
+    assert not world.last_is_newest(topic)
+    with running(world.settings):
+        wait_for(lambda: world.last_is_newest(topic))
+
+
+def test_an_owner_killed_before_its_answer_is_followed_by_one_that_answers(world: World) -> None:
+    topic = world.settings.topics.recommendations
+    world.give("u", [("i1", 1.0, 0)])
+    owner = process(world.settings)
+    try:
+        world.ask_and_read("u")
+        owner.send_signal(signal.SIGSTOP)  # or it would be quicker than this test
+        world.send(topic, "u", older("u"), "0")
+        assert not world.last_is_newest(topic)
+    finally:
+        owner.kill()
+        owner.wait()
+    with running(with_properties(world.settings, **SHORT_SESSION)):
+        wait_for(lambda: world.last_is_newest(topic))
+
+
+def test_a_worker_that_computes_past_its_time_is_answered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic: the zombie holds a finished list, its successor publishes a newer one, then the zombie sends."""
+    topic = world.settings.topics.recommendations
+    settings = with_properties(world.settings, **SHORT_SESSION, **{"max.poll.interval.ms": "6500"})
+    world.give("u", [("i1", 1.0, 0)])
+    asleep, awake, original = threading.Event(), threading.Event(), Adapt._publish
+    zombies: list[threading.Thread] = []
+
+    def sleepy(self: Adapt, *args: Any) -> None:
+        if threading.current_thread() in zombies:
+            asleep.set()
+            assert awake.wait(60)
+            zombies.clear()
+        original(self, *args)
+
+    monkeypatch.setattr(Adapt, "_publish", sleepy)
+    with running(settings) as zombie:
+        zombies.append(zombie)
+        world.ask("u")
+        assert asleep.wait(20)
+        with running(settings):
+            world.give("u", [("i1", 1.0, 0), ("i2", 1.0, 0)])
+            wait_for(lambda: world.of("u"))  # the request was not committed: the successor repeats it
+            assert [each.support_version for each in world.of("u")] == [2]
+            awake.set()
+            wait_for(lambda: [each.support_version for each in world.of("u")][:2] == [2, 1])
+            wait_for(lambda: world.last_is_newest(topic))
+            time.sleep(2.0)
+            assert world.last_is_newest(topic)
+
+
+def test_a_worker_stopped_past_its_session_leaves_nothing_older_behind(world: World) -> None:
+    """As it happens: two processes under load, one is stopped for longer than its session and goes on."""
+    settings, users = with_properties(world.settings, **SHORT_SESSION), [f"u{n}" for n in range(300)]
+    members = [process(settings), process(settings)]
+    try:
+        wait_for(lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 2)
+
+        def load(until: Callable[[], bool]) -> None:
+            while not until():
+                world.give_many(users)
+                world.ask(*users)
+
+        began = time.monotonic()
+        load(lambda: time.monotonic() - began > 2)
+        members[0].send_signal(signal.SIGSTOP)
+        load(lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 1)
+        continued = time.monotonic()
+        load(lambda: time.monotonic() - continued > 1)
+        members[0].send_signal(signal.SIGCONT)
+        load(lambda: time.monotonic() - continued > 3)
+        wait_for(lambda: world.last_is_newest(settings.topics.recommendations))
+        time.sleep(2.0)
+        assert world.last_is_newest(settings.topics.recommendations)
+        assert [member.poll() for member in members] == [None, None]
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+
+
+def test_repairs_are_counted(world: World) -> None:
+    before = metrics.REPAIRS._value.get()
+    world.give("u", [("i1", 1.0, 0)])
+    with running(world.settings):
+        world.ask_and_read("u")
+        world.send(world.settings.topics.recommendations, "u", older("u"), "0")
+        wait_for(lambda: len(world.of("u")) == 3)
+    assert metrics.REPAIRS._value.get() == before + 1
