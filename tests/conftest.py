@@ -4,11 +4,11 @@ from collections.abc import Iterator
 import hypothesis
 import psycopg2
 import pytest
-from innerloop.worker.services import Services, running_services
 
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings, TopicSettings, load_settings
 from innerloop.store.database import connect
 from innerloop.store.migrate import migrate
+from innerloop.worker.services import Services, running_services
 
 # Examples take as long as the machine is busy; a test that hangs is ended by pytest-timeout.
 hypothesis.settings.register_profile("innerloop", deadline=None)

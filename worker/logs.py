@@ -28,6 +28,8 @@ def configure_logs(settings: Settings, **bound: object) -> None:
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
     for chatty in ("alembic", "sqlalchemy", "jgo"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its warnings are of retries that it makes by itself, one at every start.
+    logging.getLogger("librdkafka").setLevel(logging.ERROR)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -40,8 +40,7 @@ from innerloop.support import Ints, SupportSets, ranges
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 5.0
 _TASKS_AT_ONCE = 1024
-# Numbers are given out before they are committed, so a lower one can appear after a higher one.
-_NUMBERS_BACK = 200
+_NUMBERS_BACK = 4 * items.NUMBERS_AT_ONCE
 
 
 @dataclass(frozen=True)

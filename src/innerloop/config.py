@@ -33,6 +33,9 @@ class KafkaSettings(_Section):
     bootstrap_servers: str = ""
     ingest_group: str = "innerloop-ingest"
     adapt_group: str = "innerloop-adapt"
+    group_protocol: Annotated[str, Field(pattern="^(classic|consumer)$")] = "classic"
+    """`consumer` is KIP-848 (Kafka 4.0 and newer). It gives a member the same partition numbers of both event topics,
+    which `classic`, whose cooperative-sticky assignor looks at each topic alone, does not."""
     properties: dict[str, SecretStr] = Field(default_factory=dict)
     """Any librdkafka property, for every client: `properties."security.protocol" = "SASL_SSL"`."""
 
@@ -126,7 +129,7 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     adapt: AdaptSettings = AdaptSettings()
     learning: LearningSettings = LearningSettings()
-    log_level: str = "info"
+    log_level: Annotated[str, Field(pattern="(?i)^(debug|info|warning|error|critical)$")] = "info"
     log_format: Annotated[str, Field(pattern="^(auto|console|json)$")] = "auto"
 
     @classmethod

@@ -79,6 +79,7 @@ class Ingest:
         self._breaker = _Breaker(settings.ingest.breaker_window)
         self._encode = msgspec.json.Encoder().encode
         self._unsure = False
+        self._counted: Batch | None = None
 
     # --- the loop's contract
 
@@ -110,7 +111,9 @@ class Ingest:
             events, positions, bad = decode_many(
                 batch.values, latest_ms=latest, max_bytes=self._settings.ingest.max_record_bytes
             )
-        self._breaker.saw(len(batch), len(bad))
+        if batch is not self._counted:  # a batch that is tried again counts once
+            self._breaker.saw(len(batch), len(bad))
+            self._counted = batch
         old = [] if replayed is None else [e for e, at in zip(events, positions, strict=True) if replayed[at]]
         new = events if replayed is None else [e for e, at in zip(events, positions, strict=True) if not replayed[at]]
         answer = self._store(new, batch.next_offsets, old)

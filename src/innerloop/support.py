@@ -88,7 +88,7 @@ def _by_task_and_time(tasks: Ints, events: Examples) -> Ints:
     small = tasks.astype(np.uint16) if len(tasks) and tasks.max() < 2**16 else tasks  # radix sort
     order = np.argsort(small, kind="stable")
     sorted_tasks, times, hashes = tasks[order], events["time"][order], events["hash"][order]
-    late = (np.diff(times) < 0) | ((np.diff(times) == 0) & (np.diff(hashes) < 0))
+    late = (times[1:] < times[:-1]) | ((times[1:] == times[:-1]) & (hashes[1:] < hashes[:-1]))
     disordered = np.unique(sorted_tasks[1:][late & (np.diff(sorted_tasks) == 0)])
     if len(disordered):
         at = np.flatnonzero(np.isin(sorted_tasks, disordered))

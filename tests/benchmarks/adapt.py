@@ -261,7 +261,8 @@ def _scores(bench: Bench, user: int) -> np.ndarray:
     ages = (examples["time"].max() - examples["time"]) / 1000.0
     weights = examples["weight"] * 2.0 ** (-ages / head.half_life) / head.noise
     precision = np.linalg.inv(root @ root.T) + features.T @ (features * weights[:, None])
-    return vectors @ (mean + np.linalg.solve(precision, features.T @ (weights * (1.0 - features @ mean))))
+    scores: np.ndarray = vectors @ (mean + np.linalg.solve(precision, features.T @ (weights * (1.0 - features @ mean))))
+    return scores
 
 
 def _require_equal(

@@ -134,7 +134,7 @@ def _free_ports(count: int) -> int:
 def _running(
     commands: list[list[str]], environment: dict[str, str], log: Path, errors: Path
 ) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
     with log.open("ab") as out, errors.open("ab") as wrong:
         for command in commands:
             # Each in a folder of its own: some keep state where they run.

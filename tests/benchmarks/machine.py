@@ -69,7 +69,10 @@ class Report:
         self._append(name, None, unit, why)
 
     def _append(self, name: str, value: float | None, unit: str, note: str) -> None:
-        self._rows.append({"name": name, "value": value, "unit": unit} | ({"note": note} if note else {}))
+        row: dict[str, object] = {"name": name, "value": value, "unit": unit}
+        if note:
+            row["note"] = note
+        self._rows.append(row)
         CONSOLE.print(f"  {name}: {_shown(value)} {unit} {note}", markup=False, highlight=False)
 
     @property

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings as hypothesis_settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
@@ -49,10 +50,7 @@ def stored(engine: Engine) -> dict[str, tuple[list[Row], int]]:
     query = "SELECT user_id, event_times, event_hashes, items, weights, event_types, version FROM support_sets"
     with engine.connect() as connection:
         return {
-            row.user_id: (
-                list(zip(row.event_times, row.event_hashes, row.items, _reals(row.weights), row.event_types, strict=True)),
-                row.version,
-            )
+            row.user_id: (list(zip(*row[1:4], _reals(row.weights), row.event_types, strict=True)), row.version)
             for row in connection.execute(text(query))
         }
 
@@ -70,7 +68,9 @@ examples = st.tuples(
     st.floats(0, 100, width=32),
     st.integers(1, 4),
 )
-full = st.integers(0, 2**32).map(lambda seed: [(n, seed * 2**31 - n**9, n + 1, n / 4, n % 4 + 1) for n in range(64)])
+full = st.integers(-(2**31), 2**31).map(
+    lambda seed: [(n, seed * 2**31 - n**9, n + 1, n / 4, n % 4 + 1) for n in range(64)]
+)
 tables = st.dictionaries(
     identifiers | st.sampled_from(["é" * 128, "x" * 256, "\\N", "{}", "a\tb\nc", "%s", "'", '"']),
     st.tuples(st.lists(examples, max_size=5) | full, st.integers(1, 2**62)),
@@ -143,7 +143,10 @@ def test_only_the_next_version_may_be_written(engine: Engine, version: int) -> N
         write(connection, ["u", "v"], sets_of([[(1, 1, 1, 1.0, 1)], [(2, 2, 2, 1.0, 1)]]), versions(2, 2))
     before = stored(engine)
     changed = sets_of([[(5, 5, 5, 1.0, 1)], [(6, 6, 6, 1.0, 1)], [(7, 7, 7, 1.0, 1)]])
-    with pytest.raises(SupportConflictError, match="1 of 3 users"), transaction(engine) as connection:
+    with (
+        pytest.raises(SupportConflictError, match="1 of 3 users"),
+        transaction(engine) as connection,
+    ):
         see_ads(connection, {"new ad": 1})
         write(connection, ["new", "u", "v"], changed, versions(1, 3, version))
     assert stored(engine) == before

@@ -1,5 +1,6 @@
 """The support sets against sets written plainly: dictionaries, sorting, nothing clever."""
 
+import itertools
 import random
 
 import numpy as np
@@ -58,7 +59,7 @@ def histories(draw: st.DrawFn) -> list[Plain]:
     content: dict[tuple[int, int], tuple[int, int]] = {}
     events = []
     for task, hashed, time, item in draw(
-        st.lists(st.tuples(st.integers(0, TASKS - 1), small, st.integers(0, 12), st.integers(0, 2**31 - 1)), max_size=60)
+        st.lists(st.tuples(st.integers(0, TASKS - 1), small, st.integers(0, 12), st.integers(0, 99)), max_size=60)
     ):
         events.append((task, *_content(content, task, hashed, time, item)))
     return events
@@ -73,7 +74,7 @@ def _content(
 
 def split(events: list[Plain], cuts: list[int]) -> list[list[Plain]]:
     places = sorted({0, len(events), *(cut % (len(events) + 1) for cut in cuts)})
-    return [events[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [events[a:b] for a, b in itertools.pairwise(places)]
 
 
 capacities = st.integers(1, 6) | st.just(64)

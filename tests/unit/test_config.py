@@ -171,7 +171,7 @@ def test_a_property_that_a_guarantee_rests_on_is_refused(name: str) -> None:
 
 
 def test_a_property_that_librdkafka_does_not_know_is_a_sentence() -> None:
-    with pytest.raises(SettingsError, match="no.such.property"):
+    with pytest.raises(SettingsError, match=r"no\.such\.property"):
         clients.producer(kafka(no_such_property="1"))
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_SCORES = 1_000_000  # held at once: 4 MB, near what a core's cache keeps between the product and the search
+_SCORES = 4_000_000  # held at once: 16 MB; fewer reads the item vectors more often, more leaves the cache
 
 
 def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:

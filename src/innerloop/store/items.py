@@ -9,6 +9,9 @@ from sqlalchemy import Connection, Engine, text
 from innerloop.store.database import cursor_of, transaction
 
 MAX_CACHED_ITEMS = 2_000_000
+NUMBERS_AT_ONCE = 500
+"""New items in one transaction. A number can be committed after a higher one, by at most this many for each writer at
+work: readers that follow the numbers look back for it."""
 
 # Sorted, so that two processes that meet the same new items never wait for each other in a circle.
 _INTERN = """
@@ -46,9 +49,10 @@ class ItemNumbers:
             if len(known) + len(new) > MAX_CACHED_ITEMS:
                 known.clear()
                 new = list(set(item_ids))
-            with transaction(self._engine) as connection:
-                found = _find_or_insert(cursor_of(connection), new)
-            known.update(found)  # only now: a number that was rolled back never was
+            for first in range(0, len(new), NUMBERS_AT_ONCE):
+                with transaction(self._engine) as connection:
+                    found = _find_or_insert(cursor_of(connection), new[first : first + NUMBERS_AT_ONCE])
+                known.update(found)  # only now: a number that was rolled back never was
         return [known[item] for item in item_ids]
 
 

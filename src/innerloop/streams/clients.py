@@ -31,6 +31,19 @@ _RESERVED = {
 }
 
 
+# How partitions come to members. In both, those that stay are never paused.
+_GROUP: dict[str, dict[str, Value]] = {
+    "classic": {
+        "partition_assignment_strategy": "cooperative-sticky",
+        # A crash is noticed within 10 s. A heartbeat also brings the news of a rebalance: its interval is for how long
+        # the partitions that move stand still.
+        "session_timeout_ms": 10_000,
+        "heartbeat_interval_ms": 500,
+    },
+    "consumer": {"group_protocol": "consumer", "group_remote_assignor": "range"},
+}
+
+
 def properties(settings: KafkaSettings, **own: Value) -> dict[str, Any]:
     """The librdkafka properties of one client: ours, then what the deployment passes through.
 
@@ -67,10 +80,7 @@ def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
         "enable_auto_commit": False,
         "enable_auto_offset_store": False,
         "auto_offset_reset": "earliest",
-        "partition_assignment_strategy": "cooperative-sticky",
-        # A crash is noticed within 10 s; a batch may take this long before the group gives up on us.
-        "session_timeout_ms": 10_000,
-        "heartbeat_interval_ms": 2_000,
+        # A batch may take this long before the group gives up on us.
         "max_poll_interval_ms": 300_000,
         # Deep enough to keep a batch ready, bounded so that lag costs disk at the broker and not memory here.
         "queued_max_messages_kbytes": 32_768,
@@ -80,7 +90,7 @@ def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
         "fetch_queue_backoff_ms": 5,
         "fetch_error_backoff_ms": 100,
     }
-    return _made(Consumer, properties(settings, **{**ours, **own}))
+    return _made(Consumer, properties(settings, **{**ours, **_GROUP[settings.group_protocol], **own}))
 
 
 def producer(

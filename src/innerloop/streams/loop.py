@@ -94,7 +94,10 @@ class Loop:
         messages = [first, *rest]
         if [1 for message in messages if message.error() is not None]:
             messages = [message for message in messages if not self._is_error(message)]
-        return Batch(messages).keeping(self._owned.__contains__)
+        return Batch(messages).keeping(self._is_claimed)
+
+    def _is_claimed(self, partition: Partition) -> bool:
+        return partition in self._owned and partition not in self._unclaimed
 
     def _is_error(self, message: Message) -> bool:
         error = message.error()
@@ -126,7 +129,7 @@ class Loop:
                 paused = True
                 if not self._wait():
                     return
-                batch = batch.keeping(self._owned.__contains__)
+                batch = batch.keeping(self._is_claimed)
             else:
                 self._done.update(batch.next_offsets)
                 break
@@ -142,7 +145,7 @@ class Loop:
             if self._stopping():
                 return False
             message = self._consumer.poll(min(left, _IDLE_SECONDS))
-            if message is not None and message.error() is None:
+            if message is not None and not self._is_error(message):
                 # Fetched before the pause took hold: read it again later.
                 self._consumer.seek(
                     TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
@@ -185,8 +188,10 @@ class Loop:
             starts = self._claim(partitions)
         except RetryError as error:
             _LOG.warning("claim waits", why=str(error))
-            consumer.incremental_assign(assigned)
-            consumer.pause(assigned)
+            # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
+            waiting = [TopicPartition(p.topic, p.partition, OFFSET_BEGINNING) for p in assigned]
+            consumer.incremental_assign(waiting)
+            consumer.pause(waiting)
             self._unclaimed.update(partitions)
         else:
             consumer.incremental_assign(self._partitions(partitions, starts))

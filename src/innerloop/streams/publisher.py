@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from confluent_kafka import KafkaError, Message
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from innerloop.config import KafkaSettings
-from innerloop.errors import RetryError
+from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -42,6 +42,8 @@ class Publisher:
             except BufferError:
                 if self._producer.poll(1.0) == 0 and self._failure is None:
                     continue
+            except KafkaException as error:
+                raise StopError(f"A record for {topic} cannot be sent: {error.args[0].str()}.") from error
             else:
                 return
             if self._failure is not None:
