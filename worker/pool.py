@@ -1,10 +1,11 @@
 """The worker pool: a supervisor and its processes, each a member of the consumer group.
 
 A process that dies is started again, and the log says why it died. One whose first start ends with a sentence about
-settings or services (exit code 2 or 3) would end so again: then the supervisor stops the others and leaves with the same
-code. Once it has run, a missing service is an outage, and it is started until it stays.
+settings or services (exit code 2 or 3) would end so again: the supervisor then stops the others and leaves with it.
+Once it has run, a missing service is an outage, and it is started until it stays.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ _STOP_SECONDS = 10.0
 _SETTLED_SECONDS = 30.0
 _MAX_BACKOFF_SECONDS = 30.0
 _HOPELESS = {2, 3}
+SUPERVISED = "_INNERLOOP_SUPERVISED"
+"""Set for members: their standard input is a pipe that only the supervisor holds open, and they stop when it ends."""
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Pool:
             member.restart_at = now + wait
             _LOG.error("process ended, starts again", why=_why(code), pid=member.process.pid, in_seconds=wait)
         elif now >= member.restart_at:
+            _close(member.process)
             member.process, member.started, member.restart_at = self._start(member.arguments), now, None
 
     def stop(self) -> int:
@@ -89,15 +93,24 @@ class Pool:
                 process.kill()
                 process.wait()
                 code = 1
+            _close(process)
         return code
 
     def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches the supervisor, which stops the others in order.
         command = [sys.executable, "-m", "innerloop.worker", *arguments]
+        environment = {**os.environ, SUPERVISED: "1"}
         if self._log is None:
-            return subprocess.Popen(command, start_new_session=True)
+            return subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.PIPE)
         with self._log.open("ab") as log:
-            return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, env=environment, start_new_session=True, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _why(code: int) -> str:

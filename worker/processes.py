@@ -1,6 +1,8 @@
 """What one ingest or adapt process is made of: the only place that picks concrete classes."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -13,6 +15,8 @@ from innerloop.streams.loop import Loop
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import partition_counts, require_topics, topic_ids
 
+from .pool import SUPERVISED
+
 
 def stop_on_signals() -> Callable[[], bool]:
     """SIGTERM and SIGINT ask for a stop; the batch in hand is finished."""
@@ -24,7 +28,16 @@ def stop_on_signals() -> Callable[[], bool]:
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
+    if os.environ.get(SUPERVISED):
+        threading.Thread(target=_stop_with_supervisor, daemon=True).start()
     return lambda: asked
+
+
+def _stop_with_supervisor() -> None:
+    """A member whose supervisor was killed would stay in its group for good, and nobody would know of it."""
+    while os.read(0, 1):
+        continue
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_ingest(settings: Settings) -> None:

@@ -113,7 +113,7 @@ def _decode_usual(records: Sequence[Any], latest_ms: int, max_bytes: int) -> lis
         if longest > max_bytes or b"\\u0000" in b"".join(records):
             return None
         events = [_DECODER.decode(record) for record in records]
-        if max([event.event_time for event in events]) > latest_ms:  # type: ignore[type-var, operator]
+        if max([event.event_time for event in events]) > latest_ms:  # type: ignore[operator]
             return None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError):
         return None  # bad, empty, or with a time in words

@@ -159,7 +159,8 @@ def ranges(starts: Ints, sizes: Ints) -> Ints:
     """`starts[i], starts[i] + 1, ... sizes[i]` times, for all i one after another."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
+    shifts: Ints = np.repeat(starts - (ends - sizes), sizes)
+    return np.arange(total, dtype=np.int64) + shifts
 
 
 def gather(sets: SupportSets, tasks: Ints) -> SupportSets:

@@ -12,13 +12,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 import pytest
 import xxhash
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import Message, Producer, TopicPartition
 from sqlalchemy import text
 
 from innerloop import ingest as ingest_module
@@ -110,8 +111,14 @@ def oracle(events: list[Sent], capacity: int = CAPACITY) -> Sets:
 # --- what is in the broker and the database
 
 
+@lru_cache
+def producer_at(bootstrap_servers: str) -> Producer:
+    """One for all tests: an idempotent producer takes up to a second until it may send."""
+    return clients.producer(KafkaSettings(bootstrap_servers=bootstrap_servers), message_max_bytes=2_000_000)
+
+
 def send(settings: Settings, events: list[Sent], partition: int = -1, topic: str | None = None) -> None:
-    producer = clients.producer(settings.kafka)
+    producer = producer_at(settings.kafka.bootstrap_servers)
     for event in events:
         own = settings.topics.purchases if event["event_type"] == "purchase" else settings.topics.clicks
         producer.produce(topic or own, json.dumps(event).encode(), event["user_id"], partition=partition)
@@ -387,7 +394,7 @@ BAD: list[tuple[bytes | None, str, str]] = [
 
 def test_what_is_bad_goes_to_the_dead_letters_and_its_batch_goes_on(small: Settings) -> None:
     events = events_of(40, kinds=("click",))
-    producer = clients.producer(small.kafka)
+    producer = producer_at(small.kafka.bootstrap_servers)
     for n, event in enumerate(events):
         if n < len(BAD):
             headers = [("trace", f"t{n}".encode())]
@@ -420,7 +427,7 @@ def test_a_bad_record_as_large_as_the_broker_takes_stops_nobody(
     """Its dead letter has more headers than it had: what is too much of it is cut."""
     good = events_of(3, kinds=("click",))
     noise = random.Random(0).randbytes if value < 1_000_000 else bytes  # larger than the limit it gets there compressed
-    producer = clients.producer(small.kafka, message_max_bytes=2_000_000)
+    producer = producer_at(small.kafka.bootstrap_servers)
     producer.produce(small.topics.clicks, noise(value), noise(key), partition=0, headers=[("h", noise(header))])
     for event in good:
         producer.produce(small.topics.clicks, json.dumps(event).encode(), event["user_id"], partition=0)
@@ -436,7 +443,7 @@ def test_the_breaker_stops_before_a_whole_topic_is_dead_lettered(small: Settings
     events = events_of(20, kinds=("click",))
     send(small, events)
     run(small)
-    producer = clients.producer(small.kafka)
+    producer = producer_at(small.kafka.bootstrap_servers)
     for _ in range(60):
         producer.produce(small.topics.clicks, b"a producer gone wrong", partition=0)
     producer.flush(SECONDS)
@@ -457,7 +464,7 @@ def test_the_breaker_stops_before_a_whole_topic_is_dead_lettered(small: Settings
 def test_a_few_bad_records_tried_again_and_again_do_not_trip_the_breaker(small: Settings) -> None:
     """What counts is records, not attempts."""
     events = events_of(5, kinds=("click",))
-    producer = clients.producer(small.kafka)
+    producer = producer_at(small.kafka.bootstrap_servers)
     for _ in range(8):
         producer.produce(small.topics.clicks, b"bad", partition=0)
     producer.flush(SECONDS)
@@ -888,7 +895,7 @@ def own() -> Iterator[Services]:
 def traffic(settings: Settings, events: list[Sent]) -> Iterator[None]:
     """Sends events one after another until the end of the block, then the rest."""
     stop, place = threading.Event(), itertools.count()
-    producer = clients.producer(settings.kafka)
+    producer = producer_at(settings.kafka.bootstrap_servers)
 
     def work() -> None:
         for at in place:

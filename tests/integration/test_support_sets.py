@@ -143,12 +143,14 @@ def test_only_the_next_version_may_be_written(engine: Engine, version: int) -> N
         write(connection, ["u", "v"], sets_of([[(1, 1, 1, 1.0, 1)], [(2, 2, 2, 1.0, 1)]]), versions(2, 2))
     before = stored(engine)
     changed = sets_of([[(5, 5, 5, 1.0, 1)], [(6, 6, 6, 1.0, 1)], [(7, 7, 7, 1.0, 1)]])
-    with (
-        pytest.raises(SupportConflictError, match="1 of 3 users"),
-        transaction(engine) as connection,
-    ):
-        see_ads(connection, {"new ad": 1})
-        write(connection, ["new", "u", "v"], changed, versions(1, 3, version))
+
+    def attempt() -> None:
+        with transaction(engine) as connection:
+            see_ads(connection, {"new ad": 1})
+            write(connection, ["new", "u", "v"], changed, versions(1, 3, version))
+
+    with pytest.raises(SupportConflictError, match="1 of 3 users"):
+        attempt()
     assert stored(engine) == before
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM ads")).scalar_one() == 0

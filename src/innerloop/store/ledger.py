@@ -58,9 +58,10 @@ class Ledger:
         claims = {}
         with transaction(self._engine) as connection:
             for topic, partition in sorted(partitions):
-                values = {"topic": topic, "topic_id": self._topic_ids[topic], "partition": partition, "owner": OWNER}
+                topic_id = self._topic_ids[topic]
+                values = {"topic": topic, "topic_id": topic_id, "partition": partition, "owner": OWNER}
                 epoch, next_offset = connection.execute(_CLAIM, values).one()
-                claims[topic, partition] = Claim(values["topic_id"], epoch, next_offset)
+                claims[topic, partition] = Claim(topic_id, epoch, next_offset)
         self._claims.update(claims)
         return claims
 

@@ -135,11 +135,11 @@ def decode(stream: memoryview) -> tuple[list[str], SupportSets, Ints]:
         (name_bytes,) = struct.unpack_from(">i", stream, at + 2)
         users.append(bytes(stream[at + 6 : at + 6 + name_bytes]).decode())
         at += 6 + name_bytes
-        for column, piece in enumerate(pieces):
+        for number, piece in enumerate(pieces):
             (size,) = struct.unpack_from(">i", stream, at)
             piece.append(stream[at + 4 + _HEADER_BYTES : at + 4 + size])
             at += 4 + size
-            if column == 0:
+            if number == 0:
                 sizes.append(max(size - _HEADER_BYTES, 0) // _COLUMNS[0].element.itemsize)
         versions.append(struct.unpack_from(">q", stream, at + 4)[0])
         at += 12

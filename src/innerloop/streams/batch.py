@@ -72,10 +72,10 @@ class Batch:
     def record(self, position: int) -> Record:
         message = self._messages[position]
         (topic, partition), headers = self.partitions[position], message.headers() or []
-        pairs = tuple((name, value if isinstance(value, bytes) else None) for name, value in headers)
+        pairs = tuple((str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers)
         key, value = message.key(), self.values[position]
         stamp = self.timestamp_ms(position)
-        return Record(topic, partition, self.offsets[position], stamp, key, value, pairs)  # type: ignore[arg-type]
+        return Record(topic, partition, self.offsets[position], stamp, key, value, pairs)
 
     def keeping(self, wanted: Callable[[Partition], bool]) -> "Batch":
         """The records of the partitions that are wanted; itself when that is all of them."""

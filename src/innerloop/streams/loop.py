@@ -172,7 +172,10 @@ class Loop:
         offsets = self._partitions(self._done, self._done)
         self._committed_at = time.monotonic()
         try:
-            self._consumer.commit(offsets=offsets, asynchronous=not wait)
+            if wait:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=offsets, asynchronous=True)
             self._done.clear()
         except KafkaException as error:
             _LOG.warning("offsets not committed", error=str(error.args[0]))
