@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -73,11 +74,19 @@ class Report:
 
 def run_demo(settings: Settings, options: DemoOptions) -> int:
     """Run until Ctrl-C, `seconds`, or the end of the file; 0 when nothing was lost."""
-    rate = parse_rate(options.rate)
-    started = time.monotonic()
-    stopping = stop_on_signals()
-    console = Console()
-    # While only SIGINT's flag is set nothing of ours waits longer than a batch, so a stop is soon seen.
+    rate, started, console = parse_rate(options.rate), time.monotonic(), Console()
+    # Until the loop runs both signals interrupt whatever is being done; from then on they end it in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        report = _run(settings, options, rate, console, started)
+    except KeyboardInterrupt:
+        console.print("Stopped before the loop ran.")
+        return 130
+    _tell(console, report, options.report)
+    return 0 if report.ok else 1
+
+
+def _run(settings: Settings, options: DemoOptions, rate: float | None, console: Console, started: float) -> Report:
     with running_services(settings, options.data, announce=console.print) as services, _folder(options.data) as folder:
         _point_at(services.bootstrap_servers, services.database_url, folder)
         settings = load_settings()
@@ -92,11 +101,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> int:
         release, _ = train_release(settings, engine, source.history)
         demo = _Demo(settings, engine, release, folder, options.workers)
         console.print(f"== {len(release.item_ids):,} items; workers start {_since(started)}", highlight=False)
-        report = demo.run(
-            source, rate=rate, seconds=options.seconds, stopping=stopping, console=console, started=started
-        )
-    _tell(console, report, options.report)
-    return 0 if report.ok else 1
+        return demo.run(source, rate=rate, seconds=options.seconds, console=console, started=started)
 
 
 def parse_rate(rate: str) -> float | None:
@@ -128,7 +133,6 @@ class _Demo:
         *,
         rate: float | None,
         seconds: float | None,
-        stopping: Callable[[], bool],
         console: Console,
         started: float,
     ) -> Report:
@@ -138,7 +142,8 @@ class _Demo:
         members = [["adapt", "--member", "cpu", "--threads", threads] for _ in range(self._workers)]
         pool = Pool([["ingest"], *members], log=self._folder / "workers.log")
         try:
-            self._wait_for_members(pool, stopping)
+            self._wait_for_members(pool)
+            stopping = stop_on_signals()
             console.print(f"== the loop runs {_since(started)}", highlight=False)
             began = time.monotonic()
             with LagReader(self._settings) as lags:
@@ -154,12 +159,12 @@ class _Demo:
 
     # --- running
 
-    def _wait_for_members(self, pool: Pool, stopping: Callable[[], bool]) -> None:
+    def _wait_for_members(self, pool: Pool) -> None:
         """Wait until both groups own all their partitions: the clock of latency should not run before."""
         groups = {self._settings.kafka.ingest_group: 1, self._settings.kafka.adapt_group: self._workers}
         until = time.monotonic() + 60
         while not all(self._assigned(group) >= members for group, members in groups.items()):
-            if pool.look() or time.monotonic() > until or stopping():
+            if pool.look() or time.monotonic() > until:
                 raise ServiceError(f"The workers did not start: {self._folder / 'workers.log'} says why.")
             time.sleep(0.1)
 

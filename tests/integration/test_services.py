@@ -13,13 +13,13 @@ import psycopg2
 import pytest
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+
+from innerloop.config import DatabaseSettings, KafkaSettings, Settings
+from innerloop.errors import ServiceError, SettingsError
 from innerloop.worker import kafka_jars, postgres_server, services
 from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.postgres_server import PostgresServer
 from innerloop.worker.services import Services, running_services
-
-from innerloop.config import DatabaseSettings, KafkaSettings, Settings
-from innerloop.errors import ServiceError, SettingsError
 
 OURS = Settings(kafka=KafkaSettings(bootstrap_servers=""), database=DatabaseSettings())
 OWN_PARENT = """

@@ -57,7 +57,7 @@ def stored(engine: Engine) -> dict[str, tuple[list[Row], int]]:
 
 def _reals(weights: list[float]) -> list[float]:
     """Postgres says the shortest decimals that name the 32-bit number."""
-    return np.array(weights, np.float32).tolist()
+    return [float(weight) for weight in np.array(weights, np.float32)]
 
 
 identifiers = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=64)

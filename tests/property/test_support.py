@@ -155,7 +155,7 @@ def test_an_event_that_fell_out_does_not_come_back() -> None:
     """A redelivered event that the cap has pushed out is too late, not new."""
     sets = after([[(0, time, time, time) for time in range(10)]], 4)
     merged = merge(sets, tasks_of([(0, 2, 2, 2)]), examples([(0, 2, 2, 2)]), 4)
-    assert (merged.duplicates, merged.too_late, merged.changed.any()) == (0, 1, False)
+    assert (merged.duplicates, merged.too_late, bool(merged.changed.any())) == (0, 1, False)
 
 
 def test_the_content_that_was_stored_first_stays() -> None:

@@ -9,7 +9,7 @@ from innerloop.config import KafkaSettings, Settings, load_settings
 from innerloop.errors import SettingsError
 from innerloop.streams import clients
 
-Write = Callable[[str], Path]
+Write = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +126,9 @@ def test_a_wrong_secret_is_not_repeated(toml: Write) -> None:
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Settings().log_level = "debug"
+        Settings().log_level = "debug"  # type: ignore[misc]
     with pytest.raises(ValueError, match="frozen"):
-        Settings().ingest.batch_size = 1
+        Settings().ingest.batch_size = 1  # type: ignore[misc]
 
 
 def kafka(**passed: str) -> KafkaSettings:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -11,7 +12,12 @@ MOMENT = 1_514_737_251_000
 
 def _written(directory: Path, name: str, frame: pl.DataFrame) -> Path:
     path = directory / name
-    {".csv": frame.write_csv, ".jsonl": frame.write_ndjson, ".parquet": frame.write_parquet}[path.suffix](path)
+    writers: dict[str, Callable[[Path], object]] = {
+        ".csv": frame.write_csv,
+        ".jsonl": frame.write_ndjson,
+        ".parquet": frame.write_parquet,
+    }
+    writers[path.suffix](path)
     return path
 
 

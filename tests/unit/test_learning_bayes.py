@@ -25,7 +25,8 @@ def _problem(examples: int, tasks: int = 5, d: int = D) -> tuple[Support, np.nda
         rng.uniform(0.1, 4, shape),
         rng.exponential(3600, shape),
     )
-    support = Support(*(torch.tensor(a, dtype=torch.float32) for a in arrays), mask=torch.tensor(mask))
+    features, labels, weights, ages = (torch.tensor(a, dtype=torch.float32) for a in arrays)
+    support = Support(features, labels, weights, ages, torch.tensor(mask))
     root, items = rng.standard_normal((d, d)), rng.standard_normal((40, d))
     return support, rng.standard_normal(d), root @ root.T + 0.5 * np.eye(d), items
 

@@ -1,12 +1,13 @@
 """Co-occurrence, popularity and the vectors of items that aren't in the history, against plain counting."""
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from innerloop.learning import encoder as subject
 from innerloop.learning.encoder import learn_encoder, signatures, with_popularity
@@ -37,7 +38,7 @@ def _plain_pmi(events: pl.DataFrame, item_ids: list[str]) -> np.ndarray:
     histories: dict[str, list[int]] = defaultdict(list)
     for user, item in events.select("user_id", "item_id").iter_rows():
         histories[user].append(at[item])
-    pairs: Counter[tuple[int, int]] = Counter()
+    pairs: dict[tuple[int, int], float] = defaultdict(float)
     for history in histories.values():
         for (m, i), (n, j) in itertools.combinations(enumerate(history), 2):
             if n - m <= 5 and i != j:
@@ -48,7 +49,8 @@ def _plain_pmi(events: pl.DataFrame, item_ids: list[str]) -> np.ndarray:
         counts[i, j] = value
     r = counts.sum(1)
     with np.errstate(divide="ignore"):
-        return np.maximum(0, np.log(counts * (r**0.75).sum() / np.outer(r, r**0.75)))
+        ppmi: NDArray[np.float64] = np.maximum(0, np.log(counts * (r**0.75).sum() / np.outer(r, r**0.75)))
+    return ppmi
 
 
 def test_the_factorised_matrix_is_that_of_plain_counting() -> None:
@@ -72,7 +74,7 @@ def test_taste_is_the_truncated_svd_with_rows_of_length_one() -> None:
 def test_popularity_counts_weights_that_age(half_life: float) -> None:
     events = _events()
     log = _log(events)
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     for item, kind, time in events.select("item_id", "event_type", "event_time").iter_rows():
         counts[item] += WEIGHTS[kind] * 0.5 ** ((events["event_time"][-1] - time) / 1000 / half_life)
     expected = np.log1p([counts[name] for name in log.item_ids])
