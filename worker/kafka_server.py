@@ -41,6 +41,8 @@ SETTINGS = {
     "controller.listener.names": "CONTROLLER",
     "auto.create.topics.enable": "false",
     "group.initial.rebalance.delay.ms": "0",
+    # Tests of what happens after a session has ended need not wait long for it.
+    "group.min.session.timeout.ms": "1000",
     # With the consumer protocol a member hears of a change with its next heartbeat: the default is five seconds.
     "group.consumer.min.heartbeat.interval.ms": "500",
     "group.consumer.heartbeat.interval.ms": "500",

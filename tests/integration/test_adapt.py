@@ -37,6 +37,7 @@ from innerloop.store import items, support_sets
 from innerloop.store.database import Database, connect, transaction
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.publisher import Headers
 from innerloop.streams.topics import ensure_topics
 from innerloop.streams.watch import OWNER_HEADER
 from innerloop.support import EXAMPLE, SupportSets
@@ -107,7 +108,7 @@ class World:
     def send(self, topic: str, key: str | bytes, value: bytes | None, epoch: str | None) -> None:
         """Write to a score topic by hand, on the partition of the key."""
         partition = murmur2(key if isinstance(key, bytes) else key.encode(), self.settings.topics.partitions)
-        headers = None if epoch is None else [(OWNER_HEADER, epoch.encode())]
+        headers: Headers | None = None if epoch is None else [(OWNER_HEADER, epoch.encode())]
         producer = clients.producer(self.settings.kafka)
         producer.produce(topic, value, key, partition=partition, headers=headers)
         assert producer.flush(10) == 0
@@ -311,7 +312,9 @@ def test_scores_equal_a_computation_of_their_own(world: World) -> None:
         scores = expected_scores(card, users[user]) | {
             "unheard of": expected_scores(card, [*users[user], ("unheard of", 0.0, 9_999)])["unheard of"]
         }
-        kind = RecommendationScores if message.topic() == topics.recommendations else AdScores
+        kind: type[RecommendationScores | AdScores] = (
+            RecommendationScores if message.topic() == topics.recommendations else AdScores
+        )
         record = msgspec.json.decode(message.value() or b"", type=kind)
         if isinstance(record, AdScores):
             assert {ad.ad_id: ad.item_id for ad in record.ads} == {"ad-1": "i1", "ad-2": "i2", "ad-2b": "unheard of"}
@@ -394,8 +397,8 @@ def test_an_item_met_early_does_not_hide_those_numbered_below_it(world: World) -
         member.stop()
     assert member.error is None
     names = [f"n{number:05}" for number in range(5_000)]
-    items.ItemNumbers(world.engine).intern(names)
-    world.give("u", [(names[-1], 1.0, 0)])
+    numbers = items.ItemNumbers(world.engine).intern(names)
+    world.give("u", [(names[int(np.argmax(numbers))], 1.0, 0)])
     made[0]._adapt({"u": 0})
     made[0]._refresh()
     assert len(made[0]._catalogue) == ITEMS + len(names)

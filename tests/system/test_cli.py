@@ -10,7 +10,7 @@ import polars as pl
 import psutil
 import pytest
 from confluent_kafka import TopicPartition
-from conftest import Shell
+from shell import Shell
 from typer.testing import CliRunner
 
 from innerloop.config import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Shell
+from shell import Shell
 
 from innerloop.evaluation.shop import Shop
 

@@ -74,6 +74,7 @@ def decode_as(name: str, message: dict[str, object]) -> object:
     return decode(raw) if name == "event" else msgspec.json.decode(raw, type=STRUCTS[name])
 
 
+NO_NUMBERS: tuple[object, ...] = ("19.90", [], True)
 TIMES: tuple[object, ...] = (-1, 1.5, 2**53 + 1, "yesterday", "2025-06-15T15:06:40", None, "")
 WRONG: list[tuple[str, object]] = [
     *[(field, value) for field in ("event_id", "user_id", "item_id") for value in ("", 7, None, "x" * 257, "a\0b")],
@@ -81,7 +82,7 @@ WRONG: list[tuple[str, object]] = [
     *[("session_id", value) for value in (7, "x" * 257, "a\0b")],
     *[("event_type", value) for value in ("view", "Click", "", None, 1)],
     *[("event_time", value) for value in TIMES],
-    *[(field, value) for field in ("price", "quantity", "value") for value in ("19.90", [], True)],
+    *[(field, value) for field in ("price", "quantity", "value") for value in NO_NUMBERS],
     ("currency", 978),
 ]
 
