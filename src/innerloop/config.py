@@ -75,7 +75,7 @@ class SupportSettings(_Section):
 
 
 class IngestSettings(_Section):
-    batch_size: Annotated[int, Field(gt=0, le=100_000)] = 20_000
+    batch_size: Annotated[int, Field(gt=0, le=100_000)] = 50_000
     """Most records in one transaction."""
     poll_seconds: Seconds = 0.002
     """How long a poll waits for more once something has come: the price is paid in latency."""

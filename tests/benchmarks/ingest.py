@@ -133,7 +133,11 @@ def _run(cluster: Cluster, clicks: Clicks, processes: int) -> _Run:
     log = cluster.folder / f"{name}.log"
     with cluster.database() as database:
         settings = cluster.settings(database, ingest_group=name)
-        environment = cluster.environment(database, INNERLOOP_KAFKA__INGEST_GROUP=name)
+        # As the README advises for more than one process on Kafka 4.
+        protocol = "consumer" if processes > 1 else "classic"
+        environment = cluster.environment(
+            database, INNERLOOP_KAFKA__INGEST_GROUP=name, INNERLOOP_KAFKA__GROUP_PROTOCOL=protocol
+        )
         topic = settings.topics.clicks
         connection = database.open()
         cursor = connection.cursor()

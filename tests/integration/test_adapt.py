@@ -47,7 +47,7 @@ from innerloop.worker.train import register
 DIMENSION, ITEMS, TOP = 12, 40, 7
 NOISE, HALF_LIFE = 0.5, 3_600.0
 NOW = 1_750_000_000_000
-SHORT_SESSION = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
+SHORT_SESSION = {"session.timeout.ms": "2500", "heartbeat.interval.ms": "250"}
 
 T = TypeVar("T")
 Example = tuple[str, float, int]

@@ -128,18 +128,18 @@ def test_a_group_shares_the_topic_and_goes_on_where_it_stopped(
     with ScoreReader(settings, group=group) as reader:
         first = [record.user_id for record in itertools.islice(reader, 50)]
     with ScoreReader(settings, group=group) as reader:
-        second = [record.user_id for record in reader.records(idle_seconds=8)]
+        second = [record.user_id for record in reader.records(idle_seconds=3)]
         assert sorted({*first, *second}) == sorted(f"u-{n}" for n in range(200))
         assert len(first) + len(second) == 201, "the record at hand when the loop was left comes again, no other"
         with ScoreReader(settings, group=group) as another:
             seen: list[list[str]] = [[], []]
             readers = [
-                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(8)))
+                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(4)))
                 for n, r in enumerate((reader, another))
             ]
             for thread in readers:
                 thread.start()
-            time.sleep(5)
+            time.sleep(2)
             send(producer, topic, *(scores(f"u-{n}", 2) for n in range(200)))
             for thread in readers:
                 thread.join()

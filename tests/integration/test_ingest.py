@@ -774,6 +774,23 @@ def test_users_on_partitions_of_two_members_lose_nothing(small: Settings) -> Non
     assert {row.topic for row in rows} == set(small.topics.events)
 
 
+def test_the_consumer_protocol_gives_a_member_the_same_numbers_of_both_topics(small: Settings) -> None:
+    """KIP-848 with the range assignor: a user's clicks and purchases have one writer, so no version conflicts."""
+    kafka = small.kafka.model_copy(update={"properties": {}, "group_protocol": "consumer"})
+    settings = small.model_copy(update={"kafka": kafka})
+    events = events_of(600)
+    with Member(settings) as first, Member(settings) as second:
+        until(lambda: len(first.loop._owned) == len(second.loop._owned) == 4, "each has its share")
+        for member in (first, second):
+            clicks, purchases = (
+                {n for name, n in member.loop._owned if name == topic} for topic in settings.topics.events
+            )
+            assert clicks == purchases
+        send(settings, events)
+        first.caught_up()
+    check(settings, events)
+
+
 def test_a_writer_between_the_read_and_the_write_is_seen(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The version guard: what another wrote meanwhile is in the set that is written at last."""
     events = events_of(30, users=1, kinds=("click",))

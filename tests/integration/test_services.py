@@ -177,14 +177,14 @@ def test_up_runs_until_sigterm() -> None:
         "from innerloop.worker.services import up\n"
         "up(Settings(kafka=KafkaSettings(), database=DatabaseSettings()), None, lambda line: print(line, flush=True))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
     lines = []
-    for line in process.stdout:
-        lines.append(line.strip())
-        if "Ctrl-C" in line:
-            process.terminate()
-    assert process.wait(20) == 0
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line.strip())
+            if "Ctrl-C" in line:
+                process.terminate()
+        assert process.wait(20) == 0
     exported = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
     assert set(exported) == {"INNERLOOP_KAFKA__BOOTSTRAP_SERVERS", "INNERLOOP_DATABASE__URL"}
     with pytest.raises(psycopg2.OperationalError):

@@ -83,8 +83,8 @@ def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
         # A batch may take this long before the group gives up on us.
         "max_poll_interval_ms": 300_000,
         # Deep enough to keep a batch ready, bounded so that lag costs disk at the broker and not memory here.
-        "queued_max_messages_kbytes": 32_768,
-        "queued_min_messages": 50_000,
+        "queued_max_messages_kbytes": 65_536,
+        "queued_min_messages": 100_000,
         "fetch_wait_max_ms": 100,
         # How long a full queue waits before it asks again: librdkafka's second would let the queue run empty.
         "fetch_queue_backoff_ms": 5,
