@@ -147,6 +147,7 @@ class _Demo:
             console.print(f"== the loop runs {_since(started)}", highlight=False)
             began = time.monotonic()
             with LagReader(self._settings) as lags:
+                self.lag(lags)  # the first look opens connections, which would hold up the events
                 self._replay(source, pool, lags, rate=rate, seconds=seconds, stopping=stopping, console=console)
                 self._producer.finish()
                 self._report.seconds = round(time.monotonic() - began, 3)
