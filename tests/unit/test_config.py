@@ -40,7 +40,7 @@ def refusal() -> str:
 
 
 def test_without_anything_the_defaults_hold() -> None:
-    assert load_settings().ingest.batch_size == 20_000
+    assert load_settings().ingest.batch_size == 50_000
     assert load_settings().kafka.bootstrap_servers == ""
 
 
