@@ -5,7 +5,6 @@ working directory, or the one that `INNERLOOP_CONFIG` names.
 """
 
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -167,9 +166,3 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError("Wrong settings: " + "; ".join(lines) + ".") from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable that does not parse
         raise SettingsError(f"The settings cannot be read: {error}.") from None
-
-
-@lru_cache(maxsize=1)
-def current_settings() -> Settings:
-    """The settings of this process, read once."""
-    return load_settings()
