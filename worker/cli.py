@@ -10,9 +10,11 @@ from rich.console import Console
 from innerloop.config import Settings, load_settings
 from innerloop.errors import InnerloopError, StopError
 
+from . import evaluate
 from .logs import configure_logs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(evaluate.app, name="evaluate")
 _ERR = Console(stderr=True)
 
 

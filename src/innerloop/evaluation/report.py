@@ -1,0 +1,126 @@
+"""The report of a protocol: report.json for programs, report.html for people, a table for the terminal."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io
+from rich.table import Table
+
+from innerloop.evaluation.scoreboard import Row
+
+_STYLE = """
+:root { color-scheme: light dark; font-family: system-ui, sans-serif }
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #8884; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left }
+.plot { background: #fff; overflow-x: auto }
+pre { overflow-x: auto }
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report.json` holds; `facts` is what the protocol says of itself."""
+
+    protocol: str
+    data: str
+    release: str
+    seconds: float
+    rows: Sequence[Row]
+    facts: Mapping[str, object]
+
+    def write(self, folder: Path) -> None:
+        """Write report.json and report.html into `folder`, which is made. NaN becomes null."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "protocol": self.protocol,
+            "data": self.data,
+            "release": self.release,
+            "seconds": round(self.seconds, 3),
+            "rows": [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows],
+            "facts": dict(self.facts),
+        }
+        (folder / "report.json").write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+        (folder / "report.html").write_text(self._page())
+
+    def table(self) -> Table:
+        """The slice over everything, one line an arm, one column a metric."""
+        rows = [row for row in self.rows if row.slice == "all"]
+        metrics = list(dict.fromkeys(row.metric for row in rows))
+        table = Table(title=f"{self.protocol} on {self.data}", title_justify="left")
+        table.add_column("arm")
+        for metric in metrics:
+            table.add_column(f"{metric} [95%]", justify="right")
+        cells = {(row.arm, row.metric): _cell(row) for row in rows}
+        for arm in dict.fromkeys(row.arm for row in rows):
+            table.add_row(arm, *(cells.get((arm, metric), "") for metric in metrics))
+        return table
+
+    def _page(self) -> str:
+        parts = [f"<p>Release: {html.escape(self.release or 'none')}. Took {self.seconds:.0f} s.</p>"]
+        metrics = list(dict.fromkeys(row.metric for row in self.rows))
+        parts += [_plot(self.rows, metric, first=at == 0) for at, metric in enumerate(metrics)]
+        parts += [
+            _section(name, [row for row in self.rows if row.slice == name])
+            for name in dict.fromkeys(row.slice for row in self.rows)
+        ]
+        facts = html.escape(json.dumps(dict(self.facts), indent=1, default=str))
+        parts.append(f"<h2>How it was made</h2><pre>{facts}</pre>")
+        title = html.escape(f"{self.protocol} on {self.data}")
+        return (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+            f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+        )
+
+
+def _section(name: str, rows: Sequence[Row]) -> str:
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    cells = {(row.arm, row.metric): _cell(row) for row in rows}
+    head = "".join(f"<th>{html.escape(metric)}</th>" for metric in ["arm", *metrics, "n"])
+    counts = {row.arm: row.n for row in rows}
+    body = "".join(
+        f"<tr><td>{html.escape(arm)}</td>"
+        + "".join(f"<td>{cells.get((arm, metric), '')}</td>" for metric in metrics)
+        + f"<td>{n:,}</td></tr>"
+        for arm, n in counts.items()
+    )
+    return f"<h2>{html.escape(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _plot(rows: Sequence[Row], metric: str, *, first: bool) -> str:
+    """One trace an arm over the slices, with its interval; plotly's own script comes with the first plot."""
+    figure = go.Figure()
+    for arm in dict.fromkeys(row.arm for row in rows if " - " not in row.arm):
+        mine = [row for row in rows if row.arm == arm and row.metric == metric]
+        if mine:
+            figure.add_scatter(
+                name=arm,
+                x=[row.slice for row in mine],
+                y=[row.value for row in mine],
+                mode="markers+lines",
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [row.high - row.value for row in mine],
+                    "arrayminus": [row.value - row.low for row in mine],
+                },
+            )
+    figure.update_layout(title=metric, height=420, margin={"t": 50, "b": 40, "l": 50, "r": 10})
+    drawn = plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+    return f'<div class="plot">{drawn}</div>'
+
+
+def _cell(row: Row) -> str:
+    sign = "+" if " - " in row.arm else ""
+    return f"{row.value:{sign}.4f} [{row.low:{sign}.4f}, {row.high:{sign}.4f}]"
+
+
+def _plain(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
