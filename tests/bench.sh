@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs one benchmark after installing: tests/bench.sh ingest|adapt|loop [--json FILE] [options; --help lists them]
+# Runs one benchmark after installing: tests/bench.sh ingest|adapt|loop|heads [--json FILE] [options; --help lists them]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
-    ingest | adapt | loop) ;;
+    ingest | adapt | loop | heads) ;;
     *)
-        echo "usage: tests/bench.sh ingest|adapt|loop [--json FILE] [options; --help lists them]" >&2
+        echo "usage: tests/bench.sh ingest|adapt|loop|heads [--json FILE] [options; --help lists them]" >&2
         exit 2
         ;;
 esac

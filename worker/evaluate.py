@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 if TYPE_CHECKING:
     from innerloop.evaluation.outcome import Outcome, Tell
+    from innerloop.evaluation.protocols.stream import Live
 
 app = typer.Typer(no_args_is_help=True, help="Measure every arm and the baselines on past data.")
 
@@ -70,3 +71,95 @@ def cold_start(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0) -
 
     job = _Job("cold-start", data, report, draws, seed)
     job.judge(lambda tell: cold_start.run(data, seed=seed, tell=tell))
+
+
+@app.command("sequence")
+def sequence(  # noqa: PLR0917 - options by name
+    data: Data,
+    report: Folder,
+    draws: Draws = 500,
+    seed: Seed = 0,
+    encoder: Annotated[str, typer.Option(help="History encoder: attention, gru or pooled.")] = "attention",
+    dimension: Annotated[int, typer.Option(min=2, help="Coordinates of an item's vector.")] = 96,
+    epochs: Annotated[int, typer.Option(min=1, help="The most epochs of the history encoder.")] = 14,
+) -> None:
+    """Every user's last item among the whole catalogue, after the items before it."""
+    from innerloop.evaluation.protocols import sequence  # noqa: PLC0415
+    from innerloop.evaluation.sequence_course import Options  # noqa: PLC0415
+
+    options = Options(encoder=encoder, dimension=dimension, epochs=epochs)
+    job = _Job("sequence", data, report, draws, seed)
+    job.judge(lambda tell: sequence.run(data, seed=seed, tell=tell, options=options))
+
+
+Share = Annotated[float, typer.Option(help="Share of the time span that trains; what comes after it is scored.")]
+
+
+@app.command("slate")
+def slate(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0, train_share: Share = 0.5) -> None:
+    """The items shown at a click-out, ranked from strictly earlier actions."""
+    from innerloop.evaluation.protocols import slate  # noqa: PLC0415
+
+    job = _Job("slate", data, report, draws, seed)
+    job.judge(lambda tell: slate.run(data, seed=seed, tell=tell, train_share=train_share))
+
+
+@app.command("conversion")
+def conversion(  # noqa: PLR0917 - options by name
+    data: Data,
+    report: Folder,
+    draws: Draws = 500,
+    seed: Seed = 0,
+    train_share: Share = 0.7,
+    window_hours: Annotated[float, typer.Option(help="A purchase this long after a click still belongs to it.")] = 24.0,
+) -> None:
+    """The chance that a click is followed by a purchase of its item within the attribution window."""
+    from innerloop.evaluation.protocols import conversion  # noqa: PLC0415
+
+    job = _Job("conversion", data, report, draws, seed)
+    job.judge(
+        lambda tell: conversion.run(data, seed=seed, tell=tell, window_hours=window_hours, train_share=train_share)
+    )
+
+
+@app.command("stream")
+def stream(  # noqa: PLR0917 - options by name
+    data: Data,
+    report: Folder,
+    draws: Draws = 500,
+    seed: Seed = 0,
+    preset: Annotated[str | None, typer.Option(help="globo or taobao: the options below, bundled.")] = None,
+    history: Annotated[Path | None, typer.Option(help="Earlier events to train on and warm up with.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Type of event to foresee; may be given again.")] = None,
+    remove_seen: Annotated[bool | None, typer.Option(help="Leave out what the user has had an event with.")] = None,
+    within_session: Annotated[bool | None, typer.Option(help="Ask only inside a session.")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Ask at every so-manieth moment.")] = None,
+    warm_up: Annotated[int | None, typer.Option(min=1, help="Events at the start that are only learned from.")] = None,
+    hits: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of a hit rate; may be given again.")] = None,
+    reciprocal: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of an MRR; may be given again.")] = None,
+    through_kafka: Annotated[bool, typer.Option(help="Also send the events through the real loop.")] = False,  # noqa: FBT002
+    rate: Annotated[float, typer.Option(min=1, help="Events per second through the loop.")] = 500.0,
+) -> None:
+    """Each user's next event among the whole catalogue, in global time, from strictly earlier events."""
+    from innerloop.evaluation.protocols import stream  # noqa: PLC0415
+    from innerloop.evaluation.stream_options import options_of  # noqa: PLC0415
+
+    options = options_of(
+        preset,
+        targets=tuple(target) if target else None,
+        remove_seen=remove_seen,
+        within_session=within_session,
+        every=every,
+        warm_up=warm_up,
+        hits=tuple(hits) if hits else None,
+        reciprocal=tuple(reciprocal) if reciprocal else None,
+    )
+    job = _Job("stream", data, report, draws, seed)
+    live = _live(rate) if through_kafka else None
+    job.judge(lambda tell: stream.run(data, options, history=history, seed=seed, tell=tell, live=live))
+
+
+def _live(rate: float) -> "Live":
+    from .through_kafka import through_kafka  # noqa: PLC0415
+
+    return lambda log, rows, release, options: through_kafka(log, rows, release, options, rate=rate)

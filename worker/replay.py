@@ -23,7 +23,7 @@ __all__ = ["EventProducer", "Pace", "ReplayReport", "encode_events", "replay", "
 
 _COLUMNS = (
     *("event_id", "event_type", "user_id", "item_id", "event_time"),
-    *("session_id", "ad_id", "price", "quantity", "currency", "value"),
+    *("session_id", "category", "ad_id", "price", "quantity", "currency", "value"),
 )
 _OPTIONAL = _COLUMNS[5:]
 _CHUNK = 50_000  # encoded at once: some 10 MB, about 0.1 s

@@ -12,30 +12,29 @@ computed from, and of two records of a user the higher (model_version, support_v
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import structlog
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.errors import ServiceError, SettingsError, StopError
-from innerloop.learning.catalogue import Catalogue
-from innerloop.learning.heads.base import Support
-from innerloop.learning.ranking import top_k
-from innerloop.learning.releases import load
+from innerloop.learning.releases import Release, load
+from innerloop.learning.scorer import Scorer
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
 from innerloop.store import items, releases, support_sets
+from innerloop.store.activity import ActivityReader
 from innerloop.store.database import Database, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.watch import OutputWatch, owner_headers
-from innerloop.support import Ints, SupportSets, ranges
+from innerloop.support import Ints, SupportSets
 
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 5.0
@@ -74,7 +73,8 @@ class Adapt:
         self._epochs: dict[int, int] = {}
         self._strangers: dict[str, int] = {}
         self._refreshed_at = 0.0
-        self._catalogue = self._newest_catalogue()
+        self._scorer = Scorer(self._newest_release(), self._device)
+        self._activity = ActivityReader(settings.trends.kept_events)
         self._refresh()
         self._score(SupportSets.empty(1))  # the first solve of a process is slow, and nobody should wait for it
 
@@ -151,28 +151,23 @@ class Adapt:
     def _read(self, users: list[str]) -> tuple[list[str], SupportSets, Ints]:
         with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
             names, sets, versions = support_sets.read(connection, users)
-            unknown = np.unique(sets.examples["item"][self._catalogue.places(sets.examples["item"]) < 0])
+            catalogue = self._scorer.catalogue
+            unknown = np.unique(sets.examples["item"][catalogue.places(sets.examples["item"]) < 0])
             if len(unknown):
-                self._catalogue.add(items.items_numbered(connection, unknown.tolist()))
+                catalogue.add(items.items_numbered(connection, unknown.tolist()))
         return names, sets, versions
 
     def _score(self, sets: SupportSets) -> _Scored:
-        catalogue, top = self._catalogue, self._settings.adapt.top
-        with torch.inference_mode():
-            with metrics.STEP_SECONDS.labels("solve").time():
-                support, places = padded(sets, catalogue)
-                parameters = catalogue.head.adapt(support)  # [T, d]
-            with metrics.STEP_SECONDS.labels("score").time():
-                excluded = places if self._settings.adapt.exclude_seen else None
-                best, scores = top_k(parameters, catalogue.vectors, top, excluded)
-                ads, ad_scores = top_k(parameters, catalogue.ad_vectors, top)
-        return _Scored(best.tolist(), _rounded(scores), ads.tolist(), _rounded(ad_scores))
+        scorer, top = self._scorer, self._settings.adapt.top
+        best = scorer.lists(sets, top, exclude_seen=self._settings.adapt.exclude_seen)
+        ads, ad_scores = scorer.ads(sets, top)
+        return _Scored(best.places.tolist(), _rounded(best.scores), ads.tolist(), _rounded(ad_scores))
 
     def _publish(
         self, users: list[str], sets: SupportSets, versions: Ints, scored: _Scored, partitions: Mapping[str, int]
     ) -> None:
-        catalogue, topics, encode = self._catalogue, self._settings.topics, self._encode
-        version, method = catalogue.release.version, catalogue.head.name
+        catalogue, topics, encode = self._scorer.catalogue, self._settings.topics, self._encode
+        version, method = catalogue.release.version, self._scorer.method
         names, ad_ids, ad_items = catalogue.item_ids, catalogue.ad_ids, catalogue.ad_items
         headers = {partition: owner_headers(epoch) for partition, epoch in self._epochs.items()}
         now = int(time.time() * 1000)
@@ -184,6 +179,7 @@ class Adapt:
                     "model_version": version,
                     "support_version": support_version,
                     "support_size": size,
+                    "trends_version": self._activity.newest,
                     "event_time": newest,
                     "scored_at": now,
                     "method": method,
@@ -193,7 +189,7 @@ class Adapt:
                 if mark is None:
                     continue  # revoked while this batch waited for the database: its new owner answers
                 pairs = zip(scored.items[row], scored.item_scores[row], strict=True)
-                listed = [ScoredItem(names[place], score) for place, score in pairs if score > -np.inf]
+                listed = [ScoredItem(names[place], score) for place, score in pairs if place >= 0]
                 record = encode(RecommendationScores(model="recommendations", items=listed, **common))
                 self._publisher.send(topics.recommendations, user, record, headers=mark, partition=partition)
                 if ad_ids:
@@ -206,8 +202,8 @@ class Adapt:
 
     # --- what is scored with, and over
 
-    def _newest_catalogue(self) -> Catalogue:
-        """The catalogue of the newest release. Raises ServiceError without one, SettingsError when it is damaged."""
+    def _newest_release(self) -> Release:
+        """The newest release. Raises ServiceError without one, SettingsError when it is damaged."""
         with transaction(self._engine) as connection:
             registered = releases.newest(connection)
         if registered is None:
@@ -218,51 +214,30 @@ class Adapt:
                 f"{registered.location} is release {release.version}, registered as {registered.version}: train again."
             )
         _LOG.info("release loaded", version=release.version, method=release.head.name, items=len(release.item_ids))
-        return Catalogue(release, self._device)
+        return release
 
     def _refresh(self) -> None:
-        """New items and ads; a newer release replaces the one in use, and an unreadable one leaves it in use."""
+        """New items, ads and activity; a newer release replaces the one in use, an unreadable one leaves it in use."""
         self._refreshed_at = time.monotonic()
-        catalogue = self._catalogue
         with transaction(self._engine) as connection:
             newest = releases.newest(connection)
-        if newest is not None and newest.version > catalogue.release.version:
+        if newest is not None and newest.version > self._scorer.catalogue.release.version:
             try:
-                catalogue = self._newest_catalogue()
+                self._scorer.use(self._newest_release())
             except SettingsError as error:
                 _LOG.error("newer release refused, the old one stays in use", why=str(error))
+        catalogue = self._scorer.catalogue
         with transaction(self._engine) as connection:
+            told = self._activity.read(connection)
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
             catalogue.add(found)
             catalogue.read_up_to = found[-1][0] if found else catalogue.read_up_to
             catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
-        self._catalogue = catalogue
+        with metrics.STEP_SECONDS.labels("trends").time():
+            self._scorer.observe(told)
 
 
-def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
-    """The sets as a head wants them, and each example's place in the catalogue [T, S], -1 where padded."""
-    sizes = sets.sizes
-    width = max(1, int(sizes.max(initial=0)))
-    at = ranges(np.arange(len(sizes)) * width, sizes)
-    shape = (len(sizes), width)
-    places, weights, ages = np.full(shape, -1), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    places.reshape(-1)[at] = catalogue.places(sets.examples["item"])
-    weights.reshape(-1)[at] = sets.examples["weight"]
-    # Age counts from the task's newest event, not from now: the same set gives the same scores at any time.
-    ages.reshape(-1)[at] = (np.repeat(sets.newest, sizes) - sets.examples["time"]) / 1000.0
-    where = torch.from_numpy(places).to(catalogue.device)
-    mask = where >= 0
-    support = Support(
-        features=catalogue.vectors[where.clamp(min=0)],
-        labels=mask.to(torch.float32),
-        weights=torch.from_numpy(weights).to(catalogue.device) * mask,
-        ages=torch.from_numpy(ages).to(catalogue.device),
-        mask=mask,
-    )
-    return support, where
-
-
-def _rounded(scores: Tensor) -> list[list[float]]:
+def _rounded(scores: NDArray[np.float32]) -> list[list[float]]:
     """Six digits are all that float32 scores mean; more would only make records longer."""
-    rows: Iterable[list[float]] = np.round(scores.double().cpu().numpy(), 6).tolist()
-    return list(rows)
+    rows: list[list[float]] = np.round(scores.astype(np.float64), 6).tolist()
+    return rows

@@ -93,6 +93,17 @@ class IngestSettings(_Section):
         return self
 
 
+class TrendsSettings(_Section):
+    """Live popularity and co-visits: how much of everybody's activity is told to the adapt processes."""
+
+    every_seconds: Seconds = 1.0
+    """How often an ingest process writes a piece: about the age of what is trending."""
+    events_per_second: Positive = 5_000
+    """Most events that one ingest process tells; of more, a random sample."""
+    kept_events: Positive = 2_000_000
+    """Events kept in the database (32 bytes each), which a starting adapt process reads."""
+
+
 class AdaptSettings(_Section):
     batch_size: Positive = 4_096
     """Most requests in one poll; several for one user are one adaptation."""
@@ -126,6 +137,7 @@ class Settings(BaseSettings):
     database: DatabaseSettings = DatabaseSettings()
     support: SupportSettings = SupportSettings()
     ingest: IngestSettings = IngestSettings()
+    trends: TrendsSettings = TrendsSettings()
     adapt: AdaptSettings = AdaptSettings()
     learning: LearningSettings = LearningSettings()
     log_level: Annotated[str, Field(pattern="(?i)^(debug|info|warning|error|critical)$")] = "info"

@@ -36,6 +36,7 @@ class Event(msgspec.Struct, gc=False):
     item_id: Identifier
     event_time: EpochMilliseconds | Annotated[datetime, msgspec.Meta(tz=True)]
     session_id: str | None = None
+    category: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_BYTES)] | None = None
     ad_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_BYTES)] | None = None
     price: float | None = None
     quantity: float | None = None
@@ -125,7 +126,8 @@ def _decode_usual(records: Sequence[Any], latest_ms: int, max_bytes: int) -> lis
 
 def _may_be_long(event: Event) -> bool:
     longest = max(len(event.event_id), len(event.user_id), len(event.item_id))
-    return 4 * max(longest, len(event.ad_id or ""), len(event.session_id or "")) > MAX_IDENTIFIER_BYTES
+    others = (event.ad_id, event.session_id, event.category)
+    return 4 * max(longest, *(len(other or "") for other in others)) > MAX_IDENTIFIER_BYTES
 
 
 def _field_first(message: str) -> str:
@@ -137,7 +139,7 @@ def _field_first(message: str) -> str:
 
 
 def _check_identifiers(event: Event) -> None:
-    for name in ("event_id", "user_id", "item_id", "ad_id", "session_id"):
+    for name in ("event_id", "user_id", "item_id", "ad_id", "session_id", "category"):
         value = getattr(event, name)
         if value is None:
             continue

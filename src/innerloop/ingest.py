@@ -22,6 +22,7 @@ import structlog
 import xxhash
 
 from innerloop import metrics
+from innerloop.activity import ActivityLog
 from innerloop.config import Settings
 from innerloop.errors import RetryError, StopError
 from innerloop.events import CODES, Event, decode_many
@@ -33,6 +34,7 @@ from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.dead_letters import send_dead_letter
 from innerloop.streams.publisher import Publisher
 from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge, newest
+from innerloop.trends import activity_of
 
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 5.0
@@ -77,6 +79,7 @@ class Ingest:
         weights = settings.support.weights
         self._weights = np.array([0.0, *(weights.get(name, 1.0) for name in CODES)], np.float32)
         self._breaker = _Breaker(settings.ingest.breaker_window)
+        self._activity = ActivityLog(settings.trends)
         self._encode = msgspec.json.Encoder().encode
         self._unsure = False
         self._counted: Batch | None = None
@@ -96,7 +99,11 @@ class Ingest:
         self._ledger.release(partitions)
 
     def idle(self) -> None:
-        """Nothing waits for time to pass."""
+        """Tell of the last activity, should no batch follow. Raises RetryError."""
+        if self._activity.due:
+            with transaction(self._engine) as connection:
+                self._activity.write(connection)
+            self._activity.written()
 
     def handle(self, batch: Batch) -> None:
         """Store, request, dead-letter; see the module. Raises RetryError and StopError."""
@@ -182,6 +189,11 @@ class Ingest:
             answer.add(names, versions[changed] + 1, written.newest)
             again = list({event.user_id for event in old} - set(names))
             answer.add(*_asked_again(connection, again))
+            if told := self._activity.due:
+                self._activity.write(connection)
+        if told:
+            self._activity.written()
+        self._activity.add(activity_of(merged.sets, merged.fresh))
         self._ledger.advanced(offsets)
         self._unsure = False
         self._cache.put(names, written, versions[changed] + 1)
@@ -201,7 +213,7 @@ class Ingest:
     def _examples(self, columns: "_Columns") -> Examples:
         examples = np.empty(len(columns.items), EXAMPLE)
         examples["time"], examples["hash"], examples["type"] = columns.times, columns.hashes, columns.types
-        examples["item"] = self._numbers.intern(columns.items)
+        examples["item"] = self._numbers.intern(columns.items, columns.categories)
         examples["weight"] = self._weights[columns.types]
         return examples
 
@@ -230,6 +242,8 @@ class _Columns:
     hashes: Ints
     ads: dict[str, int]
     """Ad -> position of its newest event here."""
+    categories: dict[str, str]
+    """Item -> category, of the events that name one."""
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> "_Columns":
@@ -240,6 +254,7 @@ class _Columns:
             times=np.array([event.event_time for event in events], np.int64),
             hashes=np.array([digest(event.event_id.encode()) for event in events], np.uint64).view(np.int64),
             ads={event.ad_id: at for at, event in enumerate(events) if event.ad_id is not None},
+            categories={event.item_id: event.category for event in events if event.category is not None},
         )
 
 

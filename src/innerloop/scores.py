@@ -40,6 +40,7 @@ class ScoreHeader(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     model_version: int
     support_version: int
     support_size: int
+    trends_version: int = 0
     event_time: int
     scored_at: int
     method: str

@@ -46,6 +46,7 @@ class Merged:
     """`sets` after the merge (unchanged tasks included), which tasks changed, and what became of each event."""
 
     sets: SupportSets
+    fresh: NDArray[np.bool_]  # [N], which examples of `sets` came with this merge
     changed: NDArray[np.bool_]  # [T]
     duplicates: int
     too_late: int
@@ -63,10 +64,10 @@ def merge(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> 
     late = _below_full(stored, tasks, events, capacity) & ~known
     keep = ~(known | late)
     tasks, events = tasks[keep], events[keep]
-    sets = _append(stored, tasks, events, capacity)
+    sets, fresh = _append(stored, tasks, events, capacity)
     changed = np.zeros(len(stored.starts) - 1, bool)
     changed[tasks] = True
-    return Merged(sets, changed, duplicates + int(known.sum()), int(late.sum()))
+    return Merged(sets, fresh, changed, duplicates + int(known.sum()), int(late.sum()))
 
 
 def _distinct(tasks: Ints, events: Examples) -> tuple[Ints, int]:
@@ -128,8 +129,8 @@ def _below_full(stored: SupportSets, tasks: Ints, events: Examples, capacity: in
     return below
 
 
-def _append(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> SupportSets:
-    """Stored and new examples of each task in one order, the newest `capacity` of them."""
+def _append(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -> tuple[SupportSets, NDArray[np.bool_]]:
+    """Stored and new examples of each task in one order, the newest `capacity` of them; which of them are new."""
     old, new = stored.sizes, np.bincount(tasks, minlength=len(stored.sizes)).astype(np.int64)
     starts = np.concatenate(([0], np.cumsum(old + new)))
     source = np.concatenate((stored.examples, events))
@@ -139,7 +140,8 @@ def _append(stored: SupportSets, tasks: Ints, events: Examples, capacity: int) -
     _sort_where_needed(where, source, starts, old, new)
     size = np.minimum(old + new, capacity)
     kept = where[ranges(starts[1:] - size, size)]
-    return SupportSets(np.concatenate(([0], np.cumsum(size))), source.take(kept))
+    sets = SupportSets(np.concatenate(([0], np.cumsum(size))), source.take(kept))
+    return sets, kept >= len(stored.examples)
 
 
 def _sort_where_needed(where: Ints, source: Examples, starts: Ints, old: Ints, new: Ints) -> None:

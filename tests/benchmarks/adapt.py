@@ -36,11 +36,12 @@ from prometheus_client import REGISTRY
 from random_release import random_release
 from sqlalchemy import Engine, text
 
-from innerloop.adapt import Adapt, padded
+from innerloop.adapt import Adapt
 from innerloop.config import Settings
 from innerloop.learning.heads import BayesHead
 from innerloop.learning.ranking import top_k
 from innerloop.learning.releases import Release, save
+from innerloop.learning.scorer import padded
 from innerloop.scores import RecommendationScores
 from innerloop.store import items, releases, support_sets
 from innerloop.store.database import connect, transaction
@@ -48,7 +49,7 @@ from innerloop.support import EXAMPLE, SupportSets
 
 _UNIT = "users/s"
 _AT_ONCE = 1_024
-_STEPS = ("read", "solve", "score", "encode", "publish")
+_STEPS = ("read", "solve", "score", "candidates", "rank", "encode", "publish")
 _TOLERANCE = 1e-3
 _SAMPLE = 50
 _WRITTEN_AT_ONCE = 20_000
@@ -108,7 +109,7 @@ class Bench:
 
     def solve_only(self) -> Callable[[], int]:
         """A run over support sets that are already on the device."""
-        catalogue = self.adapt._catalogue
+        catalogue = self.adapt._scorer.catalogue
         supports = [
             padded(_part(self.sets, first), catalogue)[0]
             for first in range(0, min(len(self.users), 4 * _AT_ONCE), _AT_ONCE)
@@ -124,7 +125,7 @@ class Bench:
 
     def score_only(self, top: int) -> Callable[[], int]:
         """A run over parameters that are already on the device; indices and scores stay there."""
-        vectors = self.adapt._catalogue.vectors
+        vectors = self.adapt._scorer.catalogue.vectors
         parameters = torch.randn(_AT_ONCE, vectors.shape[1], device=self.device)
 
         def run() -> int:
@@ -209,7 +210,7 @@ def _fill(engine: Engine, users: list[str], sets: SupportSets, release: Release,
     names = text("INSERT INTO items (item_id) SELECT 'item-' || n FROM generate_series(0, :last) AS n ORDER BY n")
     with transaction(engine) as connection:
         connection.execute(names, {"last": len(release.item_ids) - 1})
-        if items.items_after(connection, 0)[0] != (1, release.item_ids[0]):
+        if items.items_after(connection, 0)[0] != (1, release.item_ids[0], None):
             raise SystemExit("The database numbers items otherwise than this benchmark expects.")
         releases.register(connection, release.version, msgspec.json.decode(location.read_bytes()), str(location))
     width = len(sets.examples) // len(users)

@@ -13,7 +13,8 @@ def random_release(items: int, dimension: int, seed: int = 0) -> Release:
     """Make a release of `items` unit vectors, named item-0 and so on, with the default head."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.nn.functional.normalize(torch.randn(items, dimension, generator=generator), dim=1)
-    encoder = Encoder([f"item-{number}" for number in range(items)], vectors, [], torch.zeros(0, dimension - 2))
+    names = [f"item-{number}" for number in range(items)]
+    encoder = Encoder(names, vectors, [], torch.zeros(0, dimension - 2), torch.full((items,), -1))
     spread = torch.randn(dimension, dimension, generator=generator, dtype=torch.float64)
     head = BayesHead.from_prior(
         torch.randn(dimension, generator=generator) / dimension**0.5,

@@ -65,7 +65,7 @@ class World:
 
     def give(self, user: str, examples: Sequence[Example]) -> int:
         """Store the user's next support set; its version."""
-        numbers = items.ItemNumbers(self.engine).intern([item for item, _, _ in examples])
+        numbers = items.ItemNumbers(self.engine).intern([item for item, _, _ in examples], {})
         rows = np.zeros(len(examples), EXAMPLE)
         rows["item"], rows["weight"] = numbers, [weight for _, weight, _ in examples]
         rows["time"] = [NOW - 1000 * age for _, _, age in examples]
@@ -79,7 +79,7 @@ class World:
 
     def give_many(self, users: Sequence[str], item: str = "i0") -> None:
         """The same for many users at once, one event each."""
-        number = items.ItemNumbers(self.engine).intern([item])[0]
+        number = items.ItemNumbers(self.engine).intern([item], {})[0]
         rows = np.zeros(len(users), EXAMPLE)
         rows["item"], rows["weight"], rows["time"], rows["type"] = number, 1.0, NOW, 1
         for user in users:
@@ -89,7 +89,7 @@ class World:
             support_sets.write(connection, list(users), sets, np.array([self.given[user] for user in users]))
 
     def show_ads(self, ads: dict[str, str]) -> None:
-        numbers = items.ItemNumbers(self.engine).intern(list(ads.values()))
+        numbers = items.ItemNumbers(self.engine).intern(list(ads.values()), {})
         with transaction(self.engine) as connection:
             items.see_ads(connection, dict(zip(ads, numbers, strict=True)))
 
@@ -149,7 +149,7 @@ class World:
         vectors = torch.randn(ITEMS, DIMENSION, generator=draw)
         root = torch.randn(DIMENSION, DIMENSION, generator=draw).tril() * 0.3 + torch.eye(DIMENSION)
         head = BayesHead(torch.randn(DIMENSION, generator=draw), root, NOISE, HALF_LIFE)
-        encoder = Encoder([f"i{n}" for n in range(ITEMS)], vectors, [], torch.zeros(0, DIMENSION - 2))
+        encoder = Encoder([f"i{n}" for n in range(ITEMS)], vectors, [], torch.zeros(0, DIMENSION - 2), torch.full((ITEMS,), -1))
         data = DataSummary(events=1, users=1, items=ITEMS, first_event_time=0, last_event_time=1)
         card = Card(version, "2026-01-01T00:00:00Z", "bayes", DIMENSION, data, {}, {}, "0")
         release = Release(card, encoder, head)
@@ -352,7 +352,7 @@ def test_new_items_and_releases_come_in_without_a_restart(world: World) -> None:
     world.give("u", [("i1", 1.0, 0)])
     with running(with_adapt(world.settings, top=1000)):
         assert len(world.ask_and_read("u").items) == ITEMS
-        items.ItemNumbers(world.engine).intern(["new"])
+        items.ItemNumbers(world.engine).intern(["new"], {})
         time.sleep(0.6)
         world.give("u", examples := [("i1", 1.0, 0), ("i2", 1.0, 0)])
         assert {each.item_id for each in world.ask_and_read("u").items} == {f"i{n}" for n in range(ITEMS)} | {"new"}
@@ -397,11 +397,11 @@ def test_an_item_met_early_does_not_hide_those_numbered_below_it(world: World) -
         member.stop()
     assert member.error is None
     names = [f"n{number:05}" for number in range(5_000)]
-    numbers = items.ItemNumbers(world.engine).intern(names)
+    numbers = items.ItemNumbers(world.engine).intern(names, {})
     world.give("u", [(names[int(np.argmax(numbers))], 1.0, 0)])
     made[0]._adapt({"u": 0})
     made[0]._refresh()
-    assert len(made[0]._catalogue) == ITEMS + len(names)
+    assert len(made[0]._scorer.catalogue) == ITEMS + len(names)
 
 
 # --- what stops it

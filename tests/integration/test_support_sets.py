@@ -125,7 +125,7 @@ def test_nothing_and_nobody(engine: Engine) -> None:
 
 
 def test_people_read_names(engine: Engine) -> None:
-    shoe, hat = ItemNumbers(engine).intern(["shoe", "hat é"])
+    shoe, hat = ItemNumbers(engine).intern(["shoe", "hat é"], {})
     rows = [(1_700_000_000_123, -1, hat, 1.0, 1), (1_700_000_001_000, 7, shoe, 4.0, 4)]
     with transaction(engine) as connection:
         write(connection, ["u"], sets_of([rows]), versions(1))
@@ -204,14 +204,14 @@ def test_items_get_one_number_each_whoever_asks(settings: Settings, engine: Engi
     engines = [connect(settings.database) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         orders = (names, names[::-1], names[100:] + names[:100])
-        answers = list(pool.map(lambda each, order: ItemNumbers(each).intern(order), engines, orders))
+        answers = list(pool.map(lambda each, order: ItemNumbers(each).intern(order, {}), engines, orders))
     first = dict(zip(orders[0], answers[0], strict=True))
     assert len(set(first.values())) == 200
     for order, numbers in zip(orders, answers, strict=True):
         assert dict(zip(order, numbers, strict=True)) == first
     asked = ItemNumbers(engine)
-    assert asked.intern([names[3], names[3], "another"])[:2] == [first[names[3]]] * 2
-    assert asked.intern([]) == []
+    assert asked.intern([names[3], names[3], "another"], {})[:2] == [first[names[3]]] * 2
+    assert asked.intern([], {}) == []
     for each in engines:
         each.dispose()
 
@@ -219,7 +219,7 @@ def test_items_get_one_number_each_whoever_asks(settings: Settings, engine: Engi
 def test_a_catalogue_over_the_bound_is_read_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "MAX_CACHED_ITEMS", 3)
     numbers = ItemNumbers(engine)
-    first = numbers.intern(["a", "b", "c"])
-    assert numbers.intern(["c", "d", "a"]) == [first[2], first[2] + 1, first[0]]
+    first = numbers.intern(["a", "b", "c"], {})
+    assert numbers.intern(["c", "d", "a"], {}) == [first[2], first[2] + 1, first[0]]
     assert len(numbers._numbers) <= 3
-    assert numbers.intern(["b"]) == [first[1]]
+    assert numbers.intern(["b"], {}) == [first[1]]

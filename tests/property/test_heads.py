@@ -1,6 +1,7 @@
 """The promises that every head keeps, whatever it learned; a new head joins by one line in `HEADS`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,17 +9,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innerloop.learning.heads import RESTORE, BayesHead, Head, NoneHead, Support
+from innerloop.learning.heads import (
+    RESTORE,
+    AnilHead,
+    BayesHead,
+    CaviaHead,
+    Head,
+    MamlHead,
+    NoneHead,
+    PlaceboHead,
+    ReptileHead,
+    Support,
+    Uncertain,
+)
+from innerloop.learning.heads.steps import Rule
 
-DIMENSION = 8
+DIMENSION, HIDDEN, CONTEXT = 8, 5, 3
+RULE = Rule("gaussian", 3600.0)
+RATES, SLOPE = torch.tensor([0.02, 0.01, 0.005]).log(), torch.tensor(0.2)
 
 
-def _bayes(seed: int) -> Head:
+def _random(seed: int) -> Callable[..., torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    root = torch.randn(DIMENSION, DIMENSION, generator=g)
-    gram = torch.randn(50, DIMENSION, generator=g)
+    return lambda *shape: torch.randn(shape, generator=g)
+
+
+def _bayes(seed: int) -> BayesHead:
+    normal = _random(seed)
+    root, gram = normal(DIMENSION, DIMENSION), normal(50, DIMENSION)
     return BayesHead.from_prior(
-        torch.randn(DIMENSION, generator=g),
+        normal(DIMENSION),
         root @ root.T + torch.eye(DIMENSION),
         gram.T @ gram,
         alpha=0.01,
@@ -27,13 +47,62 @@ def _bayes(seed: int) -> Head:
     )
 
 
+def _logistic(seed: int) -> Head:
+    return replace(_bayes(seed), likelihood="logistic")
+
+
+def _anil(seed: int) -> Head:
+    return AnilHead(_random(seed)(DIMENSION), RATES, SLOPE, RULE)
+
+
+def _cavia(seed: int) -> Head:
+    normal = _random(seed)
+    weights = {
+        "skip": normal(DIMENSION),
+        "first": normal(HIDDEN, DIMENSION),
+        "mix": normal(HIDDEN, CONTEXT),
+        "bias": normal(HIDDEN),
+        "second": normal(HIDDEN),
+        "rates": RATES,
+        "slope": SLOPE,
+    }
+    return CaviaHead(weights, RULE)
+
+
+def _network(seed: int) -> torch.Tensor:
+    return _random(seed)(DIMENSION + HIDDEN * (DIMENSION + 2) + 1)
+
+
+def _maml(seed: int) -> Head:
+    return MamlHead(_network(seed), RATES, SLOPE, DIMENSION, RULE)
+
+
+def _reptile(seed: int) -> Head:
+    return ReptileHead(_network(seed), RATES, SLOPE, DIMENSION, Rule("logistic", 60.0))
+
+
 def _none(seed: int) -> Head:
-    return NoneHead(torch.randn(DIMENSION, generator=torch.Generator().manual_seed(seed)))
+    return NoneHead(_random(seed)(DIMENSION))
 
 
-HEADS: dict[str, Callable[[int], Head]] = {"bayes": _bayes, "none": _none}
+def _placebo(seed: int) -> Head:
+    return PlaceboHead(_bayes(seed))
+
+
+HEADS: dict[str, Callable[[int], Head]] = {
+    "bayes": _bayes,
+    "bayes-logistic": _logistic,
+    "anil": _anil,
+    "cavia": _cavia,
+    "maml": _maml,
+    "reptile": _reptile,
+    "none": _none,
+    "placebo": _placebo,
+}
+NOT_BY_ITSELF = ("placebo",)  # looks at the other tasks: that is what it is for
 
 heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
+by_itself = pytest.mark.parametrize("make", [pytest.param(HEADS[n], id=n) for n in HEADS if n not in NOT_BY_ITSELF])
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.lists(st.integers(0, 20), min_size=1, max_size=6)
@@ -49,7 +118,7 @@ def _support(seed: int, counts: list[int], padding: int = 0) -> Support:
     shape = mask.shape
     return Support(
         features=torch.tensor(rng.standard_normal((*shape, DIMENSION)), dtype=torch.float32),
-        labels=torch.ones(shape),
+        labels=torch.tensor(rng.integers(0, 2, shape), dtype=torch.float32),
         weights=torch.tensor(np.where(mask, rng.uniform(0.1, 4.0, shape), 0.0), dtype=torch.float32),
         ages=torch.tensor(rng.exponential(3600.0, shape), dtype=torch.float32),
         mask=torch.tensor(mask),
@@ -57,7 +126,7 @@ def _support(seed: int, counts: list[int], padding: int = 0) -> Support:
 
 
 def _take(support: Support, rows: torch.Tensor | slice, columns: torch.Tensor | slice = slice(None)) -> Support:
-    return Support(*(getattr(support, name)[rows][:, columns] for name in support.__dataclass_fields__))
+    return Support(**{name: getattr(support, name)[rows][:, columns] for name in support.__dataclass_fields__})
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -65,7 +134,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def test_every_head_is_tried() -> None:
-    assert set(HEADS) == set(RESTORE)
+    assert {make(0).name for make in HEADS.values()} == set(RESTORE)
 
 
 @heads
@@ -99,7 +168,7 @@ def test_order_does_not_matter(make: Callable[[int], Head], seed: int, counts: l
     _close(head.adapt(_take(support, slice(None), shuffled)), head.adapt(support))
 
 
-@heads
+@by_itself
 @quick
 @given(seed=seeds, counts=sizes)
 def test_neither_batch_mates_nor_padding_matter(make: Callable[[int], Head], seed: int, counts: list[int]) -> None:
@@ -143,6 +212,108 @@ def test_a_restored_head_answers_the_same(make: Callable[[int], Head], seed: int
     head, support = make(seed), _support(seed, counts)
     restored = RESTORE[head.name](head.state())
     assert torch.equal(restored.adapt(support), head.adapt(support))
+
+
+@heads
+@quick
+@given(seed=seeds, counts=sizes)
+def test_scores_are_the_same_with_candidates_shared_or_given_to_each_task(
+    make: Callable[[int], Head], seed: int, counts: list[int]
+) -> None:
+    head, parameters = make(seed), make(seed).adapt(_support(seed, counts))
+    candidates = _random(seed + 1)(7, DIMENSION)
+    shared = head.score(parameters, candidates)
+    assert shared.shape == (len(counts), 7)
+    _close(head.score(parameters, candidates.expand(len(counts), -1, -1)), shared)
+    if head.linear:
+        _close(parameters @ candidates.T, shared)
+
+
+@heads
+@quick
+@given(seed=seeds, counts=sizes)
+def test_parameters_are_float32_and_as_long_as_the_prior(
+    make: Callable[[int], Head], seed: int, counts: list[int]
+) -> None:
+    head, support = make(seed), _support(seed, counts)
+    parameters = head.adapt(support)
+    assert parameters.dtype == torch.float32
+    assert parameters.shape == (len(counts), len(head.prior))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _close(head.adapt(support), parameters)
+
+
+@heads
+@pytest.mark.parametrize("tasks", [0, 1])
+def test_no_tasks_and_no_places_are_fine(make: Callable[[int], Head], tasks: int) -> None:
+    head = make(0)
+    empty = torch.zeros(tasks, 0)
+    nothing = Support(torch.zeros(tasks, 0, DIMENSION), empty, empty, empty, empty.bool())
+    assert torch.equal(head.adapt(nothing), head.prior.expand(tasks, -1))
+
+
+@heads
+def test_sizes_far_apart_change_nothing_that_rounding_does_not(make: Callable[[int], Head]) -> None:
+    """Tasks are adapted in buckets by size, whichever way they are mixed."""
+    head, counts = make(3), [0, 90, 1, 2, 3, 17, 0, 5, 40, 4, 8, 9]
+    support = _left_packed(_support(3, counts))
+    if head.name in NOT_BY_ITSELF:
+        return
+    for row, parameters in enumerate(head.adapt(support)):
+        _close(head.adapt(_take(support, slice(row, row + 1)))[0], parameters)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@heads
+def test_a_gpu_gives_what_the_cpu_gives(make: Callable[[int], Head]) -> None:
+    """To 1e-3 of the size of the parameters: the order of additions differs."""
+    head, support = make(7), _support(7, [0, 1, 5, 20, 64, 200])
+    there = RESTORE[head.name]({name: value.cuda() for name, value in head.state().items()})
+    moved = Support(**{name: getattr(support, name).cuda() for name in support.__dataclass_fields__})
+    expected, found = head.adapt(support), there.adapt(moved)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+    candidates = _random(8)(30, DIMENSION)
+    torch.testing.assert_close(
+        there.score(found, candidates.cuda()).cpu(), head.score(expected, candidates), rtol=1e-3, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("make", [_bayes, _logistic])
+@quick
+@given(seed=seeds, counts=sizes)
+def test_more_examples_never_make_a_gaussian_head_less_sure(
+    make: Callable[[int], Head], seed: int, counts: list[int]
+) -> None:
+    head, support, candidates = make(seed), _support(seed, counts), _random(seed)(6, DIMENSION)
+    assert isinstance(head, Uncertain)
+    nothing = replace(support, mask=torch.zeros_like(support.mask))
+    before, after = head.variance(nothing, candidates), head.variance(support, candidates)
+    assert bool((after >= 0).all())
+    assert bool((after <= before * (1 + 1e-4)).all())
+    _close(head.variance(support, candidates.expand(len(counts), -1, -1)), after)
+
+
+@quick
+@given(seed=seeds, counts=sizes)
+def test_a_placebo_is_the_head_on_the_sets_of_others(seed: int, counts: list[int]) -> None:
+    inner, support = _bayes(seed), _support(seed, counts)
+    own, others = inner.adapt(support), PlaceboHead(inner).adapt(support)
+    filled = [task for task, count in enumerate(counts) if count]
+    if len(filled) < 2:
+        assert torch.equal(others, inner.prior.expand(len(counts), -1))
+        return
+    used = [min(filled, key=lambda giver: float((own[giver] - others[task]).abs().max())) for task in filled]
+    assert sorted(used) == filled
+    assert all(task != giver for task, giver in zip(filled, used, strict=True))
+    for task, giver in zip(filled, used, strict=True):
+        _close(others[task], own[giver])
+
+
+def _left_packed(support: Support) -> Support:
+    order = (~support.mask).long().argsort(dim=1, stable=True)
+    rows = torch.arange(len(order)).unsqueeze(1)
+    return Support(**{name: getattr(support, name)[rows, order] for name in support.__dataclass_fields__})
 
 
 @quick

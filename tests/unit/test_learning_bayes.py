@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from innerloop.learning.heads import BayesHead, Support
-from innerloop.learning.heads.bayes import Prior, dual, learn_prior, primal
+from innerloop.learning.heads.bayes import Prior, learn_prior
+from innerloop.learning.heads.solve import dual, primal
 
 D = 12
 ALPHA, NOISE, HALF_LIFE = 0.05, 0.3, 1800.0

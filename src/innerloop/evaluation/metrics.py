@@ -16,7 +16,8 @@ _LEAST = 1e-7
 def pessimistic_ranks(scores: Floats, target: Ints) -> Ints:
     """Ranks [N], from 1, of column `target[n]` in row n of scores [N, C]: behind everything with an equal score."""
     own = np.take_along_axis(scores, target[:, None], 1)
-    return (scores >= own).sum(1)
+    found: Ints = (scores >= own).sum(1)
+    return found
 
 
 def hit_rate(ranks: Ints, cutoff: int) -> Floats:
@@ -41,12 +42,16 @@ def ndcg(predicted: Floats, gains: Floats, cutoff: int) -> float:
 
     Of items with equal predictions the one with the least gain comes first. 0 without any gain.
     """
-    discount = 1.0 / np.log2(np.arange(2, 2 + len(gains)))
+    return float(ndcg_of_rows(predicted[None], gains[None], cutoff)[0])
+
+
+def ndcg_of_rows(predicted: Floats, gains: Floats, cutoff: int) -> Floats:
+    """The nDCG [N] of each row of `predicted` and `gains` [N, n], as `ndcg` has it."""
+    discount = 1.0 / np.log2(np.arange(2, 2 + gains.shape[1]))
     discount[cutoff:] = 0.0
-    ideal = float(np.sort(gains)[::-1] @ discount)
-    if ideal <= 0:
-        return 0.0
-    return float(gains[np.lexsort((gains, -predicted))] @ discount) / ideal
+    ideal = np.sort(gains, axis=1)[:, ::-1] @ discount
+    reached = np.take_along_axis(gains, np.lexsort((gains, -predicted), axis=1), 1) @ discount
+    return np.where(ideal > 0, reached / np.where(ideal > 0, ideal, 1.0), 0.0)
 
 
 def auc(labels: Floats, predictions: Floats, weights: Floats) -> float:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import plotly.io
 from rich.table import Table
 
 from innerloop.evaluation.scoreboard import Row
 
+_FEW_METRICS = 4  # more do not fit beside each other with their intervals
 _STYLE = """
 :root { color-scheme: light dark; font-family: system-ui, sans-serif }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
@@ -44,20 +46,21 @@ class Report:
             "release": self.release,
             "seconds": round(self.seconds, 3),
             "rows": [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows],
-            "facts": dict(self.facts),
+            "facts": _plain(self.facts),
         }
         (folder / "report.json").write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
         (folder / "report.html").write_text(self._page())
 
     def table(self) -> Table:
-        """The slice over everything, one line an arm, one column a metric."""
+        """The slice over everything, one line an arm, one column a metric; of many metrics without the intervals."""
         rows = [row for row in self.rows if row.slice == "all"]
         metrics = list(dict.fromkeys(row.metric for row in rows))
         table = Table(title=f"{self.protocol} on {self.data}", title_justify="left")
         table.add_column("arm")
+        few = len(metrics) <= _FEW_METRICS
         for metric in metrics:
-            table.add_column(f"{metric} [95%]", justify="right")
-        cells = {(row.arm, row.metric): _cell(row) for row in rows}
+            table.add_column(f"{metric} [95%]" if few else metric, justify="right")
+        cells = {(row.arm, row.metric): _cell(row) if few else _value(row) for row in rows}
         for arm in dict.fromkeys(row.arm for row in rows):
             table.add_row(arm, *(cells.get((arm, metric), "") for metric in metrics))
         return table
@@ -70,7 +73,7 @@ class Report:
             _section(name, [row for row in self.rows if row.slice == name])
             for name in dict.fromkeys(row.slice for row in self.rows)
         ]
-        facts = html.escape(json.dumps(dict(self.facts), indent=1, default=str))
+        facts = html.escape(json.dumps(_plain(self.facts), indent=1, default=str))
         parts.append(f"<h2>How it was made</h2><pre>{facts}</pre>")
         title = html.escape(f"{self.protocol} on {self.data}")
         return (
@@ -119,8 +122,19 @@ def _plot(rows: Sequence[Row], metric: str, *, first: bool) -> str:
 
 def _cell(row: Row) -> str:
     sign = "+" if " - " in row.arm else ""
-    return f"{row.value:{sign}.4f} [{row.low:{sign}.4f}, {row.high:{sign}.4f}]"
+    return f"{_value(row)} [{row.low:{sign}.4f}, {row.high:{sign}.4f}]"
+
+
+def _value(row: Row) -> str:
+    return f"{row.value:{'+' if ' - ' in row.arm else ''}.4f}"
 
 
 def _plain(value: object) -> object:
+    """What JSON can say of it: names as text, NumPy's numbers as numbers, null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value

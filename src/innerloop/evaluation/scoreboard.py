@@ -31,6 +31,7 @@ class Row:
 def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
     """Every arm's figures in every slice, then `default`'s differences to `none` and to the best baseline.
 
+    The slice `all` is every moment, unless the outcome has a slice of that name.
     A difference's arm is written `default - none`; the best baseline is the one best in that metric and slice.
     """
     everything = {"all": np.ones(len(outcome.users), bool), **outcome.slices}
@@ -73,11 +74,14 @@ def _slice_rows(outcome: Outcome, name: str, figures: _Figures) -> Iterator[Row]
 def _best_baseline(outcome: Outcome, metric: str, figures: _Figures) -> str:
     sign = -1.0 if metric in outcome.smaller_is_better else 1.0
     values = {arm: sign * figures[arm, metric].value for arm in outcome.baselines if (arm, metric) in figures}
-    return max(sorted(values), key=values.__getitem__, default="")
+    known = sorted(arm for arm, value in values.items() if not np.isnan(value))
+    return max(known, key=values.__getitem__, default="")
 
 
 def _row(arm: str, metric: str, name: str, figure: _Figure) -> Row:
-    low, high = np.quantile(figure.draws[1:], [0.025, 0.975])
+    """Draws in which the figure doesn't exist (an AUC without a positive) are left out."""
+    known = figure.draws[1:][~np.isnan(figure.draws[1:])]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
     return Row(arm, metric, name, figure.value, float(low), float(high), figure.n)
 
 
@@ -122,7 +126,7 @@ def _pooled(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:
 
 
 def _by_user(users: Ints, values: Floats) -> Floats:
-    return np.bincount(users, weights=values)
+    return np.bincount(users, weights=values).astype(np.float64)
 
 
 def _weights(users: int, draws: int, seed: int) -> Iterator[Floats]:

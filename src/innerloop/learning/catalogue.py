@@ -7,41 +7,78 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from innerloop.learning.candidates import Categories
 from innerloop.learning.heads import RESTORE, Head
-from innerloop.learning.ranking import top_k
+from innerloop.learning.ranking import best_by
 from innerloop.learning.releases import Release
 
 
 class Catalogue:
-    """Vectors of N items under a release, on one device, and where each item number of the database is among them."""
+    """Vectors of N items under a release, on one device, and where each item number of the database is among them.
 
-    def __init__(self, release: Release, device: torch.device) -> None:
+    `keep` are items that stay at the places they have: what is counted by place outlives a release.
+    """
+
+    def __init__(self, release: Release, device: torch.device, keep: Sequence[tuple[str, str | None]] = ()) -> None:
         self.release, self.device = release, device
         self.head: Head = RESTORE[release.head.name]({name: t.to(device) for name, t in release.head.state().items()})
-        self.item_ids = list(release.item_ids)
-        self.vectors: Tensor = release.item_vectors.to(device)  # [N, d]
+        self.item_ids: list[str] = []
+        self._buffer: Tensor = release.item_vectors[:0].to(device)  # [>= N, d]
         self.read_up_to = 0
         """The items of the database have been read up to this number; some above it may be known too."""
-        self._places = {item: place for place, item in enumerate(self.item_ids)}
+        self._places: dict[str, int] = {}
         self._place_of = np.full(1024, -1, np.int64)  # by item number
+        self._category_numbers = {name: number for number, name in enumerate(release.encoder.categories)}
+        self._categories = Categories(np.empty(0, np.int64))
         self.ad_ids: list[str] = []
         self._ad_places: list[int] = []
+        theirs = release.encoder.item_category_names()
+        self._append(list(dict.fromkeys([*keep, *zip(release.item_ids, theirs, strict=True)])))
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
-    def add(self, items: Sequence[tuple[int, str]]) -> None:
-        """Learn of items (number, identifier) of the database; one that the release lacks gets its fallback vector."""
-        new = [item for _, item in items if item not in self._places]
-        if new:
-            for place, item in enumerate(new, len(self.item_ids)):
-                self._places[item] = place
-            self.item_ids += new
-            self.vectors = torch.cat([self.vectors, self.release.vectors_for(new).to(self.device)])
-        for number, item in items:
+    @property
+    def vectors(self) -> Tensor:
+        return self._buffer[: len(self.item_ids)]  # [N, d]
+
+    @property
+    def categories(self) -> Categories:
+        return self._categories
+
+    def kept(self) -> list[tuple[str, str | None]]:
+        """Every item with its category, in order of place: what the next catalogue keeps."""
+        names = [None, *self._category_numbers]
+        return [(item, names[c + 1]) for item, c in zip(self.item_ids, self._categories.of_place.tolist(), strict=True)]
+
+    def add(self, items: Sequence[tuple[int, str, str | None]]) -> None:
+        """Learn of items (number, identifier, category) of the database; a new one gets its fallback vector."""
+        self._append([(item, category) for _, item, category in items])
+        for number, item, _ in items:
             if number >= len(self._place_of):
                 self._place_of = np.concatenate([self._place_of, np.full(max(number, len(self._place_of)), -1)])
             self._place_of[number] = self._places[item]
+
+    def _append(self, items: Sequence[tuple[str, str | None]]) -> None:
+        new = {item: category for item, category in reversed(items) if item not in self._places}
+        if not new:
+            return
+        names = list(reversed(new))
+        categories = [new[name] for name in names]
+        self._places.update({item: place for place, item in enumerate(names, len(self.item_ids))})
+        self.item_ids += names
+        self._extend(self.release.vectors_for(names, categories).to(self.device))
+        numbers = self._category_numbers
+        of_new = [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in categories]
+        self._categories = Categories(np.concatenate([self._categories.of_place, np.array(of_new, np.int64)]))
+
+    def _extend(self, vectors: Tensor) -> None:
+        """Put the vectors of the newest items behind the others, with room for as many again: items come one by one."""
+        before = len(self.item_ids) - len(vectors)
+        if len(self.item_ids) > len(self._buffer):
+            room = vectors.new_empty(2 * len(self.item_ids) - before, vectors.shape[1])
+            self._buffer = torch.cat([self._buffer[:before], room])
+        self._buffer[before : len(self.item_ids)] = vectors
 
     def places(self, numbers: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where items are in `vectors`, -1 for a number that `add` has not seen."""
@@ -68,5 +105,5 @@ class Catalogue:
 def unadapted_list(release: Release, top: int) -> list[str]:
     """What everybody would be shown without adaptation: the items that the prior likes best."""
     with torch.inference_mode():
-        best, _ = top_k(release.head.prior.unsqueeze(0), release.item_vectors, top)
+        best, _ = best_by(release.head, release.head.prior.unsqueeze(0), release.item_vectors, top)
     return [release.item_ids[place] for place in best[0].tolist()]

@@ -46,6 +46,7 @@ class Encoder:
     vectors: Tensor  # [N, d] float32
     categories: list[str]
     category_vectors: Tensor  # [C, d - 2] float32
+    item_categories: Tensor  # [N] int64, rows of `categories`, -1 for none
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
     _category_rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
@@ -56,6 +57,11 @@ class Encoder:
     @property
     def dimension(self) -> int:
         return self.vectors.shape[1]
+
+    def item_category_names(self) -> list[str | None]:
+        """The category of each of `item_ids`, where it has one."""
+        names = [None, *self.categories]
+        return [names[row + 1] for row in self.item_categories.tolist()]
 
     def vector_of(self, item_id: str, category: str | None = None) -> Tensor:
         """Return the vector [d] of one item, in the table or not."""
@@ -90,9 +96,9 @@ def learn_encoder(log: Log, dimension: int, categories: Mapping[str, str] | None
     """
     count = len(log.item_ids)
     taste = _factors(_pmi(_pairs(log), count), dimension - FIXED, seed)
-    names, means = _category_means(log.item_ids, taste, categories or {})
+    names, means, of_item = _category_means(log.item_ids, taste, categories or {})
     vectors = torch.cat([taste, torch.zeros(count, 1), torch.ones(count, 1)], dim=1)
-    return with_popularity(Encoder(log.item_ids, vectors, names, means), log, float("inf"))
+    return with_popularity(Encoder(log.item_ids, vectors, names, means, of_item), log, float("inf"))
 
 
 def with_popularity(encoder: Encoder, log: Log, half_life: float) -> Encoder:
@@ -151,14 +157,17 @@ def _factors(matrix: Tensor, rank: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(factors, dim=1, eps=1e-6)
 
 
-def _category_means(item_ids: Sequence[str], taste: Tensor, categories: Mapping[str, str]) -> tuple[list[str], Tensor]:
-    """Names and mean taste [C, d - 2] of the categories, drawn to zero where there are few items."""
+def _category_means(
+    item_ids: Sequence[str], taste: Tensor, categories: Mapping[str, str]
+) -> tuple[list[str], Tensor, Tensor]:
+    """Names and mean taste [C, d - 2] of the categories, drawn to zero where there are few items; each item's [N]."""
     names = sorted(set(categories.values()))
     rows = {name: n for n, name in enumerate(names)}
-    known = [(n, rows[categories[item_id]]) for n, item_id in enumerate(item_ids) if item_id in categories]
+    of_item = torch.tensor([rows[categories[item]] if item in categories else -1 for item in item_ids])
+    of_item = of_item.to(torch.int64)
+    known = of_item >= 0
     sums, counts = torch.zeros(len(names), taste.shape[1]), torch.zeros(len(names))
-    if known:
-        item, category = torch.tensor(known).T
-        sums.index_add_(0, category, taste[item])
-        counts.index_add_(0, category, torch.ones(len(category)))
-    return names, sums / (counts + _CATEGORY_PRIOR).unsqueeze(1)
+    if names:
+        sums.index_add_(0, of_item[known], taste[known])
+        counts.index_add_(0, of_item[known], torch.ones(int(known.sum())))
+    return names, sums / (counts + _CATEGORY_PRIOR).unsqueeze(1), of_item

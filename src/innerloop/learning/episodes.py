@@ -7,7 +7,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from innerloop.learning.heads.base import Support
+from innerloop.learning.heads import Episodes, Support
 
 _UNKNOWN_KIND = 1.0
 
@@ -40,6 +40,26 @@ class Log:
         at = rows.unsqueeze(1) - 1 - torch.arange(capacity)
         mask = at >= self.first[rows].unsqueeze(1)
         return torch.where(mask, at, rows.unsqueeze(1)), mask
+
+
+def episodes_of(log: Log, rows: Tensor, vectors: Tensor, capacity: int, *, negatives: int, seed: int) -> Episodes:
+    """What came next, of rows [T] given what was before, among `negatives` items drawn as often as they are met.
+
+    The logits are corrected by the log of those odds (Bengio and Senecal 2008), so popular items aren't punished.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    odds = torch.bincount(log.items, minlength=len(vectors)).float()
+    odds /= odds.sum()
+    drawn = torch.multinomial(odds, len(rows) * negatives, replacement=True, generator=generator)
+    items = torch.cat([log.items[rows].unsqueeze(1), drawn.view(len(rows), negatives)], 1)  # [T, 1 + K]
+    return Episodes(
+        support=log.support(rows, vectors, capacity),
+        features=vectors[items],
+        labels=torch.zeros(len(rows), dtype=torch.int64),
+        mask=torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), items[:, 1:] != items[:, :1]], 1),
+        loss="softmax",
+        offsets=-odds[items].log(),
+    )
 
 
 def log_of(events: pl.DataFrame, weights: Mapping[str, float], item_ids: Sequence[str]) -> Log:

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from innerloop.learning.heads import Head
+
+_HIDDEN = 32  # numbers that a small network holds for each item and task
 _SCORES = 4_000_000  # held at once: 16 MB; fewer reads the item vectors more often, more leaves the cache
 
 
@@ -26,6 +29,25 @@ def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None =
             _leave_out(scores, excluded[some])
         values[some], indices[some] = scores.topk(k)
     return indices, values
+
+
+def best_by(
+    head: Head, parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the k best items of each task by a head of any kind; parameters [T, P], all else as in `top_k`."""
+    if head.linear:
+        return top_k(parameters, vectors, k, excluded)
+    k = min(k, len(vectors))
+    indices, values = [], []
+    chunk = max(1, _SCORES // (_HIDDEN * max(1, len(vectors))))
+    for first in range(0, len(parameters), chunk):
+        scores = head.score(parameters[first : first + chunk], vectors)
+        if excluded is not None:
+            _leave_out(scores, excluded[first : first + chunk])
+        best = scores.topk(k)
+        values.append(best.values)
+        indices.append(best.indices)
+    return torch.cat(indices), torch.cat(values)
 
 
 def _leave_out(scores: Tensor, excluded: Tensor) -> None:

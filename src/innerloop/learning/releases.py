@@ -20,8 +20,9 @@ from torch import Tensor
 from innerloop.errors import SettingsError
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import RESTORE, Head
+from innerloop.learning.ranker import Ranker
 
-_HEAD = "head."
+_HEAD, _RANKER = "head.", "ranker."
 
 
 class DataSummary(msgspec.Struct, frozen=True):
@@ -53,6 +54,8 @@ class Release:
     card: Card
     encoder: Encoder
     head: Head
+    ranker: Ranker | None = None
+    """Without one, lists are what the head alone likes best."""
 
     @property
     def version(self) -> int:
@@ -83,7 +86,10 @@ def save(release: Release, directory: Path | str) -> Path:
         "item_ids": _as_tensor(release.encoder.item_ids),
         "category_vectors": release.encoder.category_vectors,
         "categories": _as_tensor(release.encoder.categories),
+        "item_categories": release.encoder.item_categories,
     }
+    if release.ranker is not None:
+        tensors |= {f"{_RANKER}{key}": value for key, value in release.ranker.state().items()}
     content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()})
     card = msgspec.structs.replace(release.card, sha256=hashlib.sha256(content).hexdigest())
     try:
@@ -109,14 +115,19 @@ def load(card_path: Path | str) -> Release:
             vectors=tensors["item_vectors"],
             categories=_as_names(tensors["categories"]),
             category_vectors=tensors["category_vectors"],
+            item_categories=tensors["item_categories"],
         )
-        head = RESTORE[card.method](
-            {key.removeprefix(_HEAD): value for key, value in tensors.items() if key.startswith(_HEAD)}
-        )
-    except (KeyError, ValueError, TypeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
+        head = RESTORE[card.method](_part(tensors, _HEAD))
+        ranked = _part(tensors, _RANKER)
+        ranker = Ranker.restore(ranked) if ranked else None
+    except (KeyError, ValueError, TypeError, RuntimeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
         raise SettingsError(f"{card_path} is no release that this version can read: {error!r}.") from None
     _check_shapes(card, encoder, head, card_path)
-    return Release(card, encoder, head)
+    return Release(card, encoder, head, ranker)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _check_shapes(card: Card, encoder: Encoder, head: Head, path: Path) -> None:
@@ -124,7 +135,7 @@ def _check_shapes(card: Card, encoder: Encoder, head: Head, path: Path) -> None:
     expected = {
         "item vectors": (encoder.vectors, (len(encoder.item_ids), d)),
         "category vectors": (encoder.category_vectors, (len(encoder.categories), d - 2)),
-        "prior": (head.prior, (d,)),
+        "prior": (head.prior, (d,) if head.linear else tuple(head.prior.shape)),
     }
     for what, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):

@@ -1,36 +1,44 @@
 """The outer loop: from a history of events to a release.
 
-1. The last fifth of the history is held out; an encoder is learned on the rest.
+1. The last three tenths of the history are held out; an encoder is learned on the rest.
 2. The popularity's half-life, then the head's three numbers (how fast examples age, how much one says, how much an item
    that wasn't clicked says) are chosen one at a time, by hit@20 on one half of a sample of held-out clicks. For each
    candidate the prior is learned anew by EM.
 3. The release's metrics are measured on the other half of that sample.
-4. Encoder and prior are learned once more, on all of the history, with what was chosen.
+4. The ranker is taught on the held-out events, with that encoder and head: they have not seen what it has to foresee.
+5. Encoder and prior are learned once more, on all of the history, with what was chosen.
 """
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
-from innerloop.learning.episodes import Log, log_of
-from innerloop.learning.heads import BayesHead, Head, NoneHead
+from innerloop.learning.episodes import Log, episodes_of, log_of
+from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
 from innerloop.learning.heads.bayes import learn_prior
+from innerloop.learning.ranker import Ranker, learn_ranker
+from innerloop.learning.ranker_training import lessons
 from innerloop.learning.releases import Card, DataSummary, Release
+from innerloop.learning.scorer import Scorer
+from innerloop.learning.stream_log import kind_weights, stream_of
 
 Progress = Callable[[str, float], None]
 
-_HELD_OUT = 0.2
+_HELD_OUT = 0.3
 _LEAST_EVENTS = 100
 _SELECTION_TASKS, _FINAL_TASKS = 500, 4_000
 _SAMPLE = 2_000
+_NEGATIVES = 128
+_MOMENTS, _LEAST_MOMENTS = 20_000, 100
 _RANKED_AT_ONCE = 128
 _INF = float("inf")
 
@@ -83,14 +91,16 @@ def train(
     tell = progress or (lambda _what, _share: None)
     lesson = _Lesson(history, settings, weights, capacity)
     tell("encoder on the first four fifths", 0.0)
-    choice, metrics = lesson.choose(tell)
-    tell("encoder on everything", 0.75)
+    choice, metrics, early = lesson.choose(tell)
+    ranker, of_lists = lesson.rank(early, tell)
+    tell("encoder on everything", 0.9)
     log = lesson.log_of(history)
     encoder = with_popularity(lesson.encoder_of(log, history), log, choice.popularity_half_life)
-    tell("prior", 0.85)
+    tell("prior", 0.95)
     head = lesson.teach(log, encoder.vectors, choice, _FINAL_TASKS)
     tell("done", 1.0)
-    return Release(card=_card(history, settings, version, choice, metrics), encoder=encoder, head=head)
+    card = _card(history, settings, version, choice, metrics | of_lists)
+    return Release(card=card, encoder=encoder, head=head, ranker=ranker)
 
 
 class _Lesson:
@@ -110,11 +120,15 @@ class _Lesson:
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
-        last = torch.cat([log.first[1:] != log.first[:-1], torch.tensor([True])]).nonzero().squeeze(1)
-        rows = last[torch.randperm(len(last), generator=self.random)[:tasks]]
-        return _HEADS[self.settings.method](log, vectors, rows, choice, self.capacity)
+        return _HEADS[self.settings.method](log, vectors, self.newest(log, tasks), choice, self.capacity)
 
-    def choose(self, tell: Progress) -> tuple[Choice, dict[str, float]]:
+    def newest(self, log: Log, tasks: int) -> Tensor:
+        """The newest event of each of at most `tasks` tasks, drawn at random."""
+        last = torch.cat([log.first[1:] != log.first[:-1], torch.tensor([True])]).nonzero().squeeze(1)
+        return last[torch.randperm(len(last), generator=self.random)[:tasks]]
+
+    def choose(self, tell: Progress) -> tuple[Choice, dict[str, float], Release]:
+        """What was chosen, how good it is, and the release of the earlier part alone."""
         early = self.history.head(round(self.history.height * (1.0 - _HELD_OUT)))
         log = self.log_of(early)
         encoder = self.encoder_of(log, early)
@@ -146,7 +160,32 @@ class _Lesson:
         prior = ranks_of(whole, test, vectors, NoneHead(head.prior), self.capacity)
         metrics = {f"hit@{k}": hit_rate(ranks, k) for k in (20, 50)}
         metrics |= {f"unadapted_hit@{k}": hit_rate(prior, k) for k in (20, 50)}
-        return choice, metrics | {"clicks": float(len(test))}
+        early_release = Release(
+            _card(early, self.settings, 0, choice, {}), with_popularity(encoder, log, choice.popularity_half_life), head
+        )
+        return choice, metrics | {"clicks": float(len(test))}, early_release
+
+    def rank(self, early: Release, tell: Progress) -> tuple[Ranker | None, dict[str, float]]:
+        """Teach the ranker on a sample of the events after `early`, and measure it on the newest; None if too few."""
+        log = stream_of(self.history, seed=self.settings.seed)
+        weights = kind_weights(self.weights)
+        rows = np.flatnonzero((log.times > early.card.data.last_event_time) & (weights[log.kinds] > 0))
+        rng = np.random.default_rng(self.settings.seed)
+        if len(rows) > _MOMENTS:
+            rows = np.sort(rng.choice(rows, _MOMENTS, replace=False))
+        taught = lessons(
+            Scorer(early, torch.device("cpu")),
+            log,
+            rows,
+            weights,
+            self.capacity,
+            rng,
+            lambda share: tell("what came next", 0.6 + 0.2 * share),
+        )
+        if len(taught) < _LEAST_MOMENTS:
+            return None, {}
+        ranker = learn_ranker(taught, seed=self.settings.seed, tell=lambda _, share: tell("ranker", 0.8 + 0.1 * share))
+        return ranker, {"list_moments": float(len(rows)), "list_candidate_recall": len(taught) / len(rows)}
 
     def _held_out_clicks(self, log: Log, cut: int) -> Tensor:
         """Rows after `cut` (epoch ms) of tasks that have an example by then, at most `_SAMPLE`, in random order."""
@@ -169,7 +208,34 @@ def _none(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int
     return NoneHead(_bayes(log, vectors, rows, choice, capacity).prior)
 
 
-_HEADS = {BayesHead.name: _bayes, NoneHead.name: _none}
+def _by_steps(name: str) -> Callable[[Log, Tensor, Tensor, Choice, int], Head]:
+    """Teach a head by episodes, from the closed form's prior."""
+
+    def teach(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int) -> Head:
+        episodes = episodes_of(log, rows, vectors, capacity, negatives=_NEGATIVES, seed=0)
+        start = _bayes(log, vectors, rows, choice, capacity).prior
+        return META_TRAIN[name](episodes, Recipe(half_life=choice.half_life, start=start))
+
+    return teach
+
+
+_HEADS = {name: _by_steps(name) for name in META_TRAIN} | {BayesHead.name: _bayes, NoneHead.name: _none}
+
+
+def teach_heads(
+    history: pl.DataFrame, release: Release, *, settings: Settings, weights: Mapping[str, float], capacity: int
+) -> dict[str, Head]:
+    """Every head by its name, taught on the history that `release` was made of, over its vectors."""
+    lesson = _Lesson(history, settings, weights, capacity)
+    log = lesson.log_of(history, release.item_ids)
+    chosen = {name: _INF if value is None else float(value) for name, value in release.card.settings.items()}
+    choice = Choice(**{field.name: chosen[field.name] for field in fields(Choice)})
+    rows = lesson.newest(log, _FINAL_TASKS)
+    return {
+        name: release.head if name == release.head.name else teach(log, release.item_vectors, rows, choice, capacity)
+        for name, teach in _HEADS.items()
+        if name != NoneHead.name
+    }
 
 
 def ranks_of(log: Log, rows: Tensor, vectors: Tensor, head: Head, capacity: int) -> Tensor:
@@ -212,7 +278,7 @@ def _one_at_a_time(choice: Choice, quality: Callable[[Choice], float], tell: Pro
     best, done, total = quality(choice), 0, sum(map(len, _CANDIDATES.values()))
     for name, values in _CANDIDATES.items():
         for value in values:
-            tell("choosing on held-out clicks", 0.1 + 0.65 * done / total)
+            tell("choosing on held-out clicks", 0.1 + 0.5 * done / total)
             candidate, done = replace(choice, **{name: value}), done + 1
             if candidate != choice and (reached := quality(candidate)) > best:
                 best, choice = reached, candidate

@@ -4,7 +4,7 @@ import polars as pl
 from sqlalchemy import Connection, text
 
 _QUERY = text("""
-    SELECT s.user_id, i.item_id, e.event_type, e.event_time, e.event_hash
+    SELECT s.user_id, i.item_id, i.category, e.event_type, e.event_time, e.event_hash
     FROM support_sets s
     CROSS JOIN LATERAL unnest(s.items, s.event_types, s.event_times, s.event_hashes)
         AS e (item_no, event_type, event_time, event_hash)
@@ -27,6 +27,7 @@ def read_history(connection: Connection) -> pl.DataFrame:
             "user_id": [row.user_id for row in rows],
             "item_id": [row.item_id for row in rows],
             "event_time": [row.event_time for row in rows],
+            "category": [row.category for row in rows],
         },
         schema={
             "event_id": pl.String,
@@ -34,5 +35,6 @@ def read_history(connection: Connection) -> pl.DataFrame:
             "user_id": pl.String,
             "item_id": pl.String,
             "event_time": pl.Int64,
+            "category": pl.String,
         },
     )

@@ -15,8 +15,8 @@ work: readers that follow the numbers look back for it."""
 
 # Sorted, so that two processes that meet the same new items never wait for each other in a circle.
 _INTERN = """
-    INSERT INTO items (item_id)
-    SELECT DISTINCT item_id FROM unnest(%s::text[]) AS item_id ORDER BY item_id
+    INSERT INTO items (item_id, category)
+    SELECT item_id, category FROM unnest(%s::text[], %s::text[]) AS v (item_id, category) ORDER BY item_id
     ON CONFLICT (item_id) DO NOTHING
 """
 _NUMBERS = "SELECT item_id, item_no FROM items WHERE item_id = ANY(%s)"
@@ -37,8 +37,8 @@ class ItemNumbers:
         self._engine = engine
         self._numbers: dict[str, int] = {}
 
-    def intern(self, item_ids: Sequence[str]) -> list[int]:
-        """The number of each of `item_ids`; new items are inserted first. Raises RetryError.
+    def intern(self, item_ids: Sequence[str], categories: Mapping[str, str]) -> list[int]:
+        """The number of each of `item_ids`; new items are inserted first, with their category. Raises RetryError.
 
         In a transaction of its own: inside the batch's, two workers that met the same new item waited for each other's
         whole batch. A number that no event uses, should the batch not commit, harms nothing.
@@ -51,17 +51,18 @@ class ItemNumbers:
                 new = list(set(item_ids))
             for first in range(0, len(new), NUMBERS_AT_ONCE):
                 with transaction(self._engine) as connection:
-                    found = _find_or_insert(cursor_of(connection), new[first : first + NUMBERS_AT_ONCE])
+                    some = new[first : first + NUMBERS_AT_ONCE]
+                    found = _find_or_insert(cursor_of(connection), some, categories)
                 known.update(found)  # only now: a number that was rolled back never was
         return [known[item] for item in item_ids]
 
 
-def _find_or_insert(cursor: Cursor, items: list[str]) -> dict[str, int]:
+def _find_or_insert(cursor: Cursor, items: list[str], categories: Mapping[str, str]) -> dict[str, int]:
     cursor.execute(_NUMBERS, (items,))
     found = dict(cursor.fetchall())
     unseen = [item for item in items if item not in found]
     if unseen:
-        cursor.execute(_INTERN, (unseen,))
+        cursor.execute(_INTERN, (unseen, [categories.get(item) for item in unseen]))
         cursor.execute(_NUMBERS, (unseen,))
         found.update(cursor.fetchall())
     return found
@@ -73,20 +74,20 @@ def see_ads(connection: Connection, ads: Mapping[str, int]) -> None:
         execute_values(cursor_of(connection), _SEE_ADS, sorted(ads.items()), page_size=len(ads))
 
 
-def items_after(connection: Connection, number: int) -> list[tuple[int, str]]:
-    """(item_no, item_id) of items numbered above `number`."""
+def items_after(connection: Connection, number: int) -> list[tuple[int, str, str | None]]:
+    """(item_no, item_id, category) of items numbered above `number`."""
     rows = connection.execute(
-        text("SELECT item_no, item_id FROM items WHERE item_no > :n ORDER BY item_no"), {"n": number}
+        text("SELECT item_no, item_id, category FROM items WHERE item_no > :n ORDER BY item_no"), {"n": number}
     )
-    return [(row.item_no, row.item_id) for row in rows]
+    return [(row.item_no, row.item_id, row.category) for row in rows]
 
 
-def items_numbered(connection: Connection, numbers: Sequence[int]) -> list[tuple[int, str]]:
-    """(item_no, item_id) of some items."""
+def items_numbered(connection: Connection, numbers: Sequence[int]) -> list[tuple[int, str, str | None]]:
+    """(item_no, item_id, category) of some items."""
     rows = connection.execute(
-        text("SELECT item_no, item_id FROM items WHERE item_no = ANY(:numbers)"), {"numbers": list(numbers)}
+        text("SELECT item_no, item_id, category FROM items WHERE item_no = ANY(:numbers)"), {"numbers": list(numbers)}
     )
-    return [(row.item_no, row.item_id) for row in rows]
+    return [(row.item_no, row.item_id, row.category) for row in rows]
 
 
 def active_ads(connection: Connection, days: float) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ from sqlalchemy import (
     DateTime,
     Identity,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     Table,
@@ -48,6 +49,16 @@ items = Table(
     metadata,
     Column("item_no", Integer, Identity(always=True), primary_key=True),
     Column("item_id", Text, nullable=False, unique=True),
+    Column("category", Text),
+)
+
+# What everybody did lately, in pieces of about a second: packed `trends.ACTIVITY`, for live popularity and co-visits.
+activity = Table(
+    "activity",
+    metadata,
+    Column("number", BigInteger, Identity(always=True), primary_key=True),
+    Column("events", Integer, nullable=False),
+    Column("packed", LargeBinary, nullable=False),
 )
 
 ads = Table(

@@ -1,0 +1,1 @@
+"""What shops run today: the methods that an adapted list has to beat."""

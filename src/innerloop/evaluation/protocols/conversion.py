@@ -1,0 +1,281 @@
+"""Conversion: the chance that a click is followed by a purchase of its item by the same user within the window.
+
+The clicks before the cut less the window train: their labels have matured by the cut. Every click after the cut is
+scored in order of time, from what had happened strictly before it; a purchase is known from its own time on, a click
+counts as a negative an hour after it, until a purchase says otherwise. Probabilities are calibrated again every day of
+the data on the clicks since the training part whose labels have matured. Arms:
+
+    default, bayes     what the user's events say of the item, everybody's rates, and the user's own weights
+    shared             the same with everybody's weights
+    none               everybody's rates alone, weights fitted for just that
+    placebo            another user's events
+    stale-1h, -1d      the user's events as known an hour, a day earlier
+    global-rate, item-rate, logistic (online, hashed), streaming-counts (logistic regression on counts and rates)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation import conversion_baselines as baselines
+from innerloop.evaluation.conversion_log import (
+    ConversionLog,
+    Histories,
+    Population,
+    Windows,
+    content_prior,
+    overall_rate,
+    own_columns,
+    population,
+    read_log,
+)
+from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
+from innerloop.evaluation.metrics import log_loss, predicted_over_observed
+from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
+from innerloop.learning.ads.ad_head import VARIANCES, AdHead, choose_variance
+from innerloop.learning.ads.attribution import DAY, HOUR
+from innerloop.learning.ads.calibration import Platt
+
+SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 1 << 62)}
+_FEWEST = 50
+_MOST = 300_000  # newest clicks that train
+_ROWS_AT_ONCE = 4096
+_LEAST = 1e-7
+
+
+def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_share: float = 0.7) -> Outcome:
+    """Judge every arm on the clicks after the first `train_share` of the time span of `data` (a file or a folder).
+
+    Raises SettingsError when the data cannot be read, or holds too few clicks or conversions to train on or to score.
+    """
+    if not 0.0 < train_share < 1.0:
+        raise SettingsError(f"The training share is {train_share}: give one between 0 and 1.")
+    if window_hours <= 0:
+        raise SettingsError(f"The attribution window is {window_hours} h: give one above 0.")
+    window = int(window_hours * HOUR)
+    tell("reading", 0.0)
+    log = read_log(data, window=window)
+    cut = int(log.times[0] + train_share * (log.times[-1] - log.times[0]))
+    case = _Case.of(log, cut, window, data)
+    tell("counting", 0.1)
+    everybody = population(log, log.clicks, content_prior(log, cut - window))
+    own = own_columns(
+        log, log.clicks, case.histories.before(log.users[log.clicks], log.times[log.clicks]), everybody.rate
+    )
+    tell("fitting", 0.4)
+    fitted = _fit(case, everybody, own, seed)
+    tell("scoring", 0.6)
+    logits = _ours(case, fitted, everybody, own, seed)
+    predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
+    predictions["bayes"] = predictions["default"]
+    tell("baselines", 0.8)
+    predictions |= _baselines(case)
+    return _outcome(case, fitted, predictions, own)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The log, which of its clicks train and which are asked about, as positions in `log.clicks`.
+
+    Asked about are all later clicks; those before the cut only help to calibrate.
+    """
+
+    log: ConversionLog
+    cut: int
+    window: int
+    train: Ints
+    asked: Ints
+    histories: Histories
+
+    @classmethod
+    def of(cls, log: ConversionLog, cut: int, window: int, data: Path) -> "_Case":
+        times = log.times[log.clicks]
+        train, asked = np.flatnonzero(times < cut - window), np.flatnonzero(times >= cut - window)
+        case = cls(log, cut, window, train[-_MOST:], asked, Histories(log))
+        sold, judged = int(case.labels[case.train].sum()), int(case.judged.sum())
+        if len(train) < _FEWEST or not 0 < sold < len(case.train) or not judged:
+            raise SettingsError(
+                f"{data} has {len(train)} clicks to train on ({sold} of them sold) and {judged} to score: at "
+                f"least {_FEWEST}, one sale and 1 are needed, so give a longer log or another training share."
+            )
+        return case
+
+    @property
+    def labels(self) -> Floats:
+        """Whether each click converted, by the end of the data: what is judged by and, matured, trained on."""
+        return np.asarray(self.log.attribution.converted_at[self.log.clicks] <= self.log.times[-1], np.float64)
+
+    @property
+    def at(self) -> Ints:
+        """Places in the log of the clicks that are asked about."""
+        return self.log.clicks[self.asked]
+
+    @property
+    def judged(self) -> Bools:
+        """Which of those asked about are after the cut."""
+        return self.log.times[self.at] >= self.cut
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    head: AdHead
+    nobody: Floats  # logits of every click asked about by everybody's rates alone
+    losses: Mapping[float, float]  # by how much users may differ, on the last part of the training clicks
+
+
+def _fit(case: _Case, everybody: Population, own: Floats, seed: int) -> _Fitted:
+    columns = torch.from_numpy(np.concatenate([own, everybody.columns], 1))[case.train]
+    labels = torch.from_numpy(case.labels[case.train])
+
+    def foretell(heads: Sequence[AdHead], last: slice) -> list[Tensor]:
+        features = heads[0].own_features(columns)
+        at = case.log.clicks[case.train[last]]
+        windows = case.histories.before(case.log.users[at], case.log.times[at])
+        first = int(case.train[0])
+        return [torch.from_numpy(_adapted(case, head, features, windows, features[last], first)) for head in heads]
+
+    variance, losses = choose_variance(columns, labels, foretell, seed=seed)
+    head = AdHead.fit(columns, labels, seed=seed).with_variance(variance)
+    alone = baselines.fit_and_predict(everybody.columns[case.train], labels.numpy(), everybody.columns[case.asked])
+    return _Fitted(head, np.log(alone / (1 - alone)), dict(zip(VARIANCES, losses, strict=False)))
+
+
+def _positions(log: ConversionLog, windows: Windows) -> tuple[Ints, Bools]:
+    """Of each window's events the position among the clicks, and whether it is there and a click."""
+    number = np.cumsum(log.attribution.clicks) - 1
+    mask = windows.mask & log.attribution.clicks[windows.places]
+    return np.where(mask, number[windows.places], 0), mask
+
+
+def _ours(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed: int) -> dict[str, Floats]:
+    log, at = case.log, case.at
+    users, times = log.users[at], log.times[at]
+    support = fitted.head.own_features(torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
+    rate, columns = everybody.rate[case.asked], everybody.columns[case.asked]
+    found = {
+        "shared": support[case.asked, 0].numpy(),
+        "none": fitted.nobody,
+    }
+    strangers = _strangers(users, seed)
+    for arm, whose, lag in (
+        ("default", users, 0),
+        ("placebo", strangers, 0),
+        ("stale-1h", users, HOUR),
+        ("stale-1d", users, DAY),
+    ):
+        windows = case.histories.before(whose, times - lag)
+        mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
+        asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
+        found[arm] = _adapted(case, fitted.head, support, windows, asked)
+    return {arm: found[arm] for arm in ("default", "shared", "none", "placebo", "stale-1h", "stale-1d")}
+
+
+def _strangers(users: Ints, seed: int) -> Ints:
+    """For each moment another user, drawn from all that are scored; the same one where there is only one."""
+    distinct = np.unique(users)
+    if len(distinct) == 1:
+        return users
+    own = np.searchsorted(distinct, users)
+    moved = own + np.random.default_rng(seed).integers(1, len(distinct), len(users))
+    return np.asarray(distinct[moved % len(distinct)], np.int64)
+
+
+def _adapted(  # noqa: PLR0917 - what is asked, by whom, after what
+    case: _Case, head: AdHead, support: Tensor, windows: Windows, asked: Tensor, first_position: int = 0
+) -> Floats:
+    """Logits [M] by the weights that each window's clicks give, with the labels as known strictly before its end.
+
+    `support` [P, K] is of the clicks from position `first_position` on; earlier ones are left out.
+    """
+    log, parts = case.log, []
+    for first in range(0, len(asked), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        some = Windows(windows.places[rows], windows.mask[rows], windows.ends[rows])
+        positions, mask = _positions(log, some)
+        mask &= positions >= first_position
+        positions = np.where(mask, positions - first_position, 0)
+        when = some.ends[:, None]
+        positive = log.attribution.converted_at[some.places] < when
+        mask &= positive | (log.times[some.places] + HOUR < when)
+        weights = head.adapt(support[torch.from_numpy(positions)], torch.from_numpy(positive), torch.from_numpy(mask))
+        parts.append((asked[rows] * weights).sum(1).numpy())
+    return np.concatenate(parts)
+
+
+def _calibrated(case: _Case, logits: Floats) -> Floats:
+    """Probabilities [M]: Platt's scaling of each day's clicks, fitted on the scored clicks that matured before it."""
+    times, labels = case.log.times[case.at], case.labels[case.asked]
+    found = np.empty(len(logits))
+    day = (times - case.cut) // DAY
+    for number in np.unique(day):
+        start = case.cut + number * DAY
+        matured = times < start - case.window
+        scaling = Platt.fit(torch.from_numpy(logits[matured]), torch.from_numpy(labels[matured]))
+        found[day == number] = scaling(torch.from_numpy(logits[day == number])).numpy()
+    return np.clip(found, _LEAST, 1 - _LEAST)
+
+
+def _baselines(case: _Case) -> dict[str, Floats]:
+    log, at = case.log, case.at
+    counted = baselines.counts(log, log.clicks)
+    prior = content_prior(log, case.cut - case.window)
+    return {
+        "global-rate": overall_rate(log, at),
+        "item-rate": baselines.item_rate(log, at, prior),
+        "streaming-counts": baselines.fit_and_predict(
+            counted[case.train], case.labels[case.train], counted[case.asked]
+        ),
+        "logistic": baselines.online_logistic(log, at),
+    }
+
+
+_BASELINES = frozenset({"global-rate", "item-rate", "streaming-counts", "logistic"})
+
+
+def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], own: Floats) -> Outcome:
+    log, judged = case.log, case.judged
+    labels, trained = case.labels[case.asked][judged], case.labels[case.train]
+    return Outcome(
+        users=log.users[case.at][judged],
+        baselines=_BASELINES,
+        slices=_slices(case),
+        labels=labels,
+        predictions={arm: predicted[judged] for arm, predicted in predictions.items()},
+        pooled={
+            "auc": Auc(),
+            "log-loss": log_loss,
+            "calibration-error": CalibrationError(),
+            "predicted/observed": predicted_over_observed,
+        },
+        smaller_is_better=frozenset({"log-loss", "calibration-error"}),
+        release="fitted on the training part",
+        facts={
+            "default": "bayes",
+            "trained_on": len(case.train),
+            "trained_on_sold": int(trained.sum()),
+            "scored": len(labels),
+            "scored_sold": int(labels.sum()),
+            "window_hours": case.window / HOUR,
+            "cut_ms": case.cut,
+            "variance of users' own weights": float(fitted.head.own_variances[0]),
+            "log-loss by that variance": {str(key): round(value, 5) for key, value in fitted.losses.items()},
+            "columns": own.shape[1],
+        },
+    )
+
+
+def _slices(case: _Case) -> dict[str, Bools]:
+    """By the size of the support set, by day after the cut, and the clicks whose window ends inside the data."""
+    log, at = case.log, case.at[case.judged]
+    sizes = case.histories.before(log.users[at], log.times[at]).mask.sum(1)
+    found: dict[str, Bools] = {
+        f"support {name}": (sizes >= low) & (sizes <= high) for name, (low, high) in SIZES.items()
+    }
+    day = (log.times[at] - case.cut) // DAY
+    found |= {f"day {int(number) + 1}": day == number for number in np.unique(day)}
+    return found | {"window complete": log.times[at] + case.window <= log.times[-1]}

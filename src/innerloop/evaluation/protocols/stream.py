@@ -1,0 +1,154 @@
+"""`stream`: foresee each user's next event in global time, over the whole catalogue, from strictly earlier events.
+
+Time is cut into short blocks. At a block's start every arm has been shown all events before it; of the user whose next
+event is asked for, everything strictly earlier is known, in the block too. So what moves with all users is at most a
+block old, as it is in the service, and what is the user's own is exact.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.baselines.stream import NAMES as BASELINES
+from innerloop.evaluation.baselines.stream import baselines
+from innerloop.evaluation.metrics import hit_rate, reciprocal_rank
+from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
+from innerloop.evaluation.served import School, Served, seen
+from innerloop.evaluation.stream_arms import StreamArm, ranks
+from innerloop.evaluation.stream_log import read_table
+from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.events import CODES
+from innerloop.learning.releases import Release
+from innerloop.learning.stream_log import StreamLog, stream_of
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The rank [Q] of each moment's item on the list that was there, -1 where there was none; and how late it was."""
+
+    ranks: Ints
+    facts: Mapping[str, object]
+
+
+Live = Callable[[StreamLog, Ints, Release, StreamOptions], Heard]
+"""Sends a log through the service and judges the moments just before its rows."""
+_SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 2**62)}
+_DAY = 86_400_000
+
+
+def moments(log: StreamLog, options: StreamOptions, start: int) -> Ints:
+    """Rows from `start` on that are asked for, in order. Raises SettingsError when there is none."""
+    rows = np.arange(len(log))
+    asked = np.isin(log.kinds, [CODES[name] for name in options.targets])
+    if options.within_session:
+        before = log.by_user[np.maximum(log.earlier - 1, 0)]
+        asked &= (log.earlier > log.first) & (log.sessions[before] == log.sessions) & (log.sessions >= 0)
+    if options.remove_seen:
+        asked &= ~log.seen_before(rows)
+    kept = rows[asked][options.every - 1 :: options.every]
+    kept = kept[kept >= start]
+    if not len(kept):
+        raise SettingsError("No event of the data is asked for: choose other targets, or a shorter warm-up.")
+    return kept
+
+
+def run(
+    data: Path,
+    options: StreamOptions,
+    *,
+    history: Path | None = None,
+    seed: int = 0,
+    tell: Tell,
+    live: Live | None = None,
+) -> Outcome:
+    """Train on what is before the first moment asked for, then ask every arm at every moment. Raises SettingsError.
+
+    `live` sends the same events through the service and tells the ranks on the lists that came back.
+    """
+    table = read_table(data, history=history)
+    log = stream_of(table.events, seed=seed)
+    start = table.own_from if history is not None else _warm_up(log, options)
+    rows = moments(log, options, start)
+    school = School(table.events, options, seed)
+    release = school.release(start, lambda what, share: tell(what, 0.2 * share))
+    served = Served(log, school, release, options)
+    answers = served.answers(rows, seed=seed, tell=lambda share: tell("ours", 0.2 + 0.4 * share))
+    theirs = baselines(log, options)
+    for number, arm in enumerate(theirs):
+        tell(arm.name, 0.6 + 0.3 * number / len(theirs))
+        answers[arm.name] = _asked(arm, log, rows, options)
+    facts: dict[str, object] = {"trained_on": start, "trained_again": served.trained_again}
+    if live is not None:
+        tell("through Kafka", 0.9)
+        heard = live(log, rows, release, options)
+        answers["through-kafka"] = heard.ranks
+        answers["default, same moments"] = np.where(heard.ranks >= 0, answers["default"], -1)
+        facts["through_kafka"] = heard.facts
+    return _outcome(log, rows, options, answers=answers, release=release, facts=facts)
+
+
+def _warm_up(log: StreamLog, options: StreamOptions) -> int:
+    least = round(len(log) * options.warm_up_share)
+    return least if options.warm_up is None or options.warm_up >= len(log) else options.warm_up
+
+
+def _asked(arm: StreamArm, log: StreamLog, rows: Ints, options: StreamOptions) -> Ints:
+    """The rank [Q] of each moment's item by an arm that is asked at the moment itself."""
+    found, shown = np.zeros(len(rows), np.int64), 0
+    for upto, some in log.blocks(log.times[rows], options.block_seconds):
+        arm.observe(shown, upto)
+        shown = upto
+        support, _ = log.before(rows[some], options.capacity)
+        items, scores = arm.candidates(rows[some], support)
+        found[some] = ranks(items, scores, log.items[rows[some]], seen(log, rows[some], options))
+    return found
+
+
+def _outcome(
+    log: StreamLog,
+    rows: Ints,
+    options: StreamOptions,
+    *,
+    answers: Mapping[str, Ints],
+    release: Release,
+    facts: dict[str, object],
+) -> Outcome:
+    means = {arm: _metrics(found, options) for arm, found in answers.items()}
+    return Outcome(
+        users=log.users[rows],
+        baselines=frozenset(BASELINES),
+        means=means,
+        slices=_slices(log, rows, options),
+        release=f"{release.version} ({release.card.method}, trained on {release.card.data.events} events)",
+        facts={
+            "options": asdict(options),
+            "moments": len(rows),
+            "served": "default, none, placebo and stale lists are those published at the user's event before",
+            "release": {"metrics": release.card.metrics, "settings": release.card.settings},
+            **facts,
+        },
+    )
+
+
+def _metrics(found: Ints, options: StreamOptions) -> dict[str, Floats]:
+    asked = np.where(found >= 0, 1.0, np.nan)
+    hits = {f"hr@{k}": hit_rate(found, k) * asked for k in options.hits}
+    return hits | {f"mrr@{k}": reciprocal_rank(found, k) * asked for k in options.reciprocal}
+
+
+def _slices(log: StreamLog, rows: Ints, options: StreamOptions) -> dict[str, Bools]:
+    sizes, days = log.support_sizes(rows), log.times[rows] // _DAY
+    found = {"new to the user": ~log.seen_before(rows)}
+    found |= {f"support {name}": (sizes >= low) & (sizes <= high) for name, (low, high) in _SIZES.items()}
+    if len(options.targets) > 1:
+        kinds = {target: log.kinds[rows] == CODES[target] for target in options.targets}
+        found |= kinds | {f"{t}, {name}": of & some for t, of in kinds.items() for name, some in found.items()}
+    return found | {_date(day): days == day for day in np.unique(days).tolist()}
+
+
+def _date(day: int) -> str:
+    return datetime.fromtimestamp(day * _DAY / 1000, UTC).date().isoformat()

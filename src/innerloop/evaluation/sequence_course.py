@@ -1,0 +1,237 @@
+"""What the `sequence` protocol learns from the training part and the validation targets.
+
+1. The history encoder is trained on everything but the validation targets, which say when to stop.
+2. The settings of item-kNN are chosen by coordinate ascent on validation targets.
+3. Heads are meta-trained on some of the validation users, the aggregation's weights on others.
+4. All scorers are learned again with the validation items; the encoder continues from its best epoch.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from innerloop.evaluation.baselines.sequence_scorers import (
+    Ease,
+    Ials,
+    Popularity,
+    Recents,
+    Scorer,
+    Scores,
+    Transitions,
+    TransitionSettings,
+    VSknn,
+)
+from innerloop.evaluation.metrics import ndcg_of_one
+from innerloop.evaluation.outcome import Floats, Ints, Tell
+from innerloop.evaluation.sequence_aggregation import Aggregation, Describer, learn_aggregation
+from innerloop.evaluation.sequence_heads import Adapted, Encoded, teach
+from innerloop.evaluation.sequences import Sequences
+from innerloop.learning.heads import META_TRAIN, Recipe
+from innerloop.learning.history_encoder import history_encoder
+from innerloop.learning.item_encoder import ItemEncoder
+from innerloop.learning.softmax_training import Plan, SequenceModel, Trainer
+
+T = TypeVar("T")
+
+HEADS = ("bayes", "anil", "cavia", "maml", "reptile")
+_AT_ONCE, _SCORES_AT_ONCE = 400, 5_000_000  # histories scored together: at most so many, and so many scores
+_LOGITS = frozenset({"encoder", "bayes"})
+_MEMBERS = ("item-knn", "next", "ease", "ials", "vsknn", "popularity")  # of the aggregation besides _LOGITS
+_TUNING, _EPISODES, _LESSONS = 2_500, 1_500, 8_000  # validation users for settings, heads and the aggregation
+_RARE_REPEATS = 0.005
+_CONTINUED = 0.25  # of the best number of epochs, for the validation items
+_NEXT = TransitionSettings(decay=0.3, backward=0.1, forget=0.1, from_power=0.3, to_power=0.3, window=3)
+_CANDIDATES: dict[str, tuple[float, ...]] = {
+    "forget": (0.3, 0.5, 0.9, 1.0),
+    "decay": (0.3, 0.5, 0.9, 1.0),
+    "backward": (0.0, 0.2, 0.8, 1.0),
+    "to_power": (0.0, 0.1, 0.3, 0.5),
+    "from_power": (0.0, 0.2, 0.6, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be changed from the command line; `epochs` are the most the history encoder gets."""
+
+    encoder: str = "attention"
+    dimension: int = 96
+    capacity: int = 50
+    epochs: int = 14
+    negatives: int = 2_048
+    heads: tuple[str, ...] = HEADS
+
+
+@dataclass
+class Course:
+    """Learns from all but the last item of each user of `sequences`; `learn` leaves behind what is to be tested."""
+
+    sequences: Sequences
+    options: Options
+    seed: int
+    tell: Tell
+    facts: dict[str, object] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.before = self.sequences.without_last(1)
+        train = self.sequences.without_last(2)
+        order = np.random.default_rng(self.seed).permutation(np.flatnonzero(train.lengths > 0))
+        self.taught = train.take(order)  # histories of validation users, in random order
+        self.targets = self.before.take(order).last() if len(order) else np.zeros(0, np.int64)
+        self.repeats = self._repeats()
+
+    def learn(self) -> None:
+        """Everything; afterwards `describer`, `aggregation`, `scorers` and `heads` are those to be tested."""
+        train = self.sequences.without_last(2)
+        model, plan = self._encoder()
+        self.transitions = self._tune(train)
+        encoded = Encoded(model, self.options.capacity)
+        self.heads = self._heads(encoded)
+        self.scorers = self._closed_form(train)
+        self.aggregation = self._aggregate(encoded)
+        del self.scorers
+        self.tell("all again with the validation items", 0.75)
+        self._continue(model, plan)
+        self.encoded = Encoded(model, self.options.capacity)
+        self.heads = {name: replace(head, encoded=self.encoded) for name, head in self.heads.items()}
+        self.scorers = self._closed_form(self.before)
+        self.describer = self._describer(self.encoded)
+
+    def ranks(self, scores: Scores, histories: Sequences, targets: Ints) -> Ints:
+        """Rank each target, from 1, among the catalogue, behind its equals; own items are last unless they repeat."""
+        if not self.repeats:
+            scores = scores.copy()
+            scores[histories.matrix().nonzero()] = -np.inf
+        own = scores[np.arange(len(targets)), targets]
+        found: Ints = (scores >= own[:, None]).sum(1)
+        return found
+
+    def _repeats(self) -> bool:
+        """Whether what a user has had is worth ranking."""
+        users = self.taught.users
+        again = np.unique(users[self.taught.items == self.targets[users]])
+        share = len(again) / max(1, len(self.taught))
+        self.facts["share of validation targets that the user had before"] = share
+        self.facts["own items"] = "ranked with the others" if share > _RARE_REPEATS else "left out"
+        return share > _RARE_REPEATS
+
+    def _timed(self, name: str, work: Callable[[], T]) -> T:
+        began = time.monotonic()
+        done = work()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 1)
+        return done
+
+    def _encoder(self) -> tuple[SequenceModel, Plan]:
+        options = self.options
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            history = history_encoder(options.encoder, options.dimension, capacity=options.capacity, dropout=0.5)
+            model = SequenceModel(ItemEncoder(self.sequences.catalogue, options.dimension), history)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        plan = Plan(epochs=options.epochs, negatives=options.negatives, seed=self.seed, learning_rate=4e-3)
+        histories = self.before.histories(options.capacity, hold_last=True)
+        trainer = Trainer(model, histories, plan, progress=lambda what, share: self.tell(what, 0.45 * share))
+        done = self._timed("history encoder", trainer.run)
+        self.facts["history encoder"] = f"{options.encoder}, best after {done.best_epoch} of {done.epochs} epochs"
+        self.facts["held-out nDCG@10 of the history encoder by epoch"] = done.scores
+        epochs = max(1, round(_CONTINUED * done.best_epoch))
+        return model, replace(plan, epochs=epochs, learning_rate=plan.learning_rate / 4, seed=self.seed + 1)
+
+    def _continue(self, model: SequenceModel, plan: Plan) -> None:
+        histories = self.before.histories(self.options.capacity)
+        self._timed("history encoder", Trainer(model, histories, plan).run)
+
+    def _tune(self, train: Sequences) -> TransitionSettings:
+        """Coordinate ascent on the nDCG@10 of validation targets."""
+        histories = self.taught.take(np.arange(min(_TUNING, len(self.taught))))
+        settings = TransitionSettings()
+
+        def quality(candidate: TransitionSettings) -> float:
+            scorer = Transitions.learn(train, candidate)
+            return float(
+                sum(self._worth(scorer.scores(histories.take(rows)), rows).sum() for rows in self.parts(histories))
+            )
+
+        best = self._timed("item-knn", lambda: quality(settings))
+        for done, (name, values) in enumerate(_CANDIDATES.items()):
+            self.tell("settings of item-kNN", 0.45 + 0.02 * done)
+            for value in values:
+                candidate = replace(settings, **{name: value})  # type: ignore[arg-type]
+                if (reached := self._timed("item-knn", lambda c=candidate: quality(c))) > best:  # type: ignore[misc]
+                    best, settings = reached, candidate
+        self.facts["item-kNN"] = asdict(settings)
+        return settings
+
+    def parts(self, histories: Sequences) -> Iterator[Ints]:
+        """Rows of histories, as many together as memory bears."""
+        rows = np.arange(len(histories))
+        size = max(1, min(_AT_ONCE, _SCORES_AT_ONCE // self.sequences.catalogue))
+        yield from np.split(rows, range(size, len(rows), size))
+
+    def _worth(self, scores: Scores, rows: Ints) -> Floats:
+        """nDCG@10 of scores [b, N] for the validation users `rows` [b]."""
+        return ndcg_of_one(self.ranks(scores, self.taught.take(rows), self.targets[rows]), 10)
+
+    def _heads(self, encoded: Encoded) -> dict[str, Adapted]:
+        """Meta-train each on the first validation users, choose its gain on the next."""
+        most = max(1, min(_EPISODES, len(self.taught) // 8))
+        episodes = encoded.episodes(self.taught.take(np.arange(most)), self.targets[:most], seed=self.seed)
+        judged = self.taught.take(np.arange(most, min(2 * most, len(self.taught))))
+        recipe = Recipe(seed=self.seed, half_life=10.0, steps=100, rates=(0.01,))
+        self._used = 2 * most
+        found = {}
+        for done, name in enumerate(self.options.heads):
+            self.tell(f"head {name}", 0.55 + 0.02 * done)
+            found[name] = self._timed(
+                name,
+                lambda name=name: teach(  # type: ignore[misc]
+                    encoded,
+                    META_TRAIN[name],
+                    episodes=episodes,
+                    recipe=recipe,
+                    judged=judged,
+                    worth=lambda scores, rows: self._worth(scores, rows + most),
+                    at_once=max(1, len(next(self.parts(judged)))),
+                ),
+            )
+        self.facts["gain of each head"] = {name: head.gain for name, head in found.items()}
+        return found
+
+    def _closed_form(self, train: Sequences) -> dict[str, Scorer]:
+        makers: dict[str, Callable[[], Scorer | None]] = {
+            "popularity": lambda: Popularity.learn(train),
+            "recents": Recents,
+            "item-knn": lambda: Transitions.learn(train, self.transitions),
+            "next": lambda: Transitions.learn(train, _NEXT),
+            "vsknn": lambda: VSknn.learn(train),
+            "ials": lambda: Ials(train, dimension=128, seed=self.seed),
+            "ease": lambda: Ease.learn(train, regularisation=60.0, forget=self.transitions.forget),
+        }
+        found = {name: self._timed(name, make) for name, make in makers.items()}
+        return {name: scorer for name, scorer in found.items() if scorer is not None}
+
+    def _describer(self, encoded: Encoded) -> Describer:
+        scorers = {name: self.scorers[name] for name in _MEMBERS if name in self.scorers}
+        if self.repeats:
+            scorers["recents"] = self.scorers["recents"]
+        neural: dict[str, Scorer] = {"encoder": encoded}
+        if "bayes" in self.heads:
+            neural["bayes"] = self.heads["bayes"]
+        return Describer(scorers | neural, logits=_LOGITS, repeats=self.repeats)
+
+    def _aggregate(self, encoded: Encoded) -> Aggregation:
+        """Learn the weights on validation users that no head has seen."""
+        describer, parts = self._describer(encoded), []
+        last = min(self._used + _LESSONS, len(self.taught))
+        lessons = self.taught.take(np.arange(self._used, last))
+        for part in self.parts(lessons):
+            rows, histories = part + self._used, lessons.take(part)
+            self.tell("weights of the aggregation", 0.65 + 0.1 * part[:1].sum() / max(1, len(lessons)))
+            candidates = describer.candidates(describer.scores(histories), histories.lengths)
+            parts.append((candidates, self.targets[rows]))
+        return learn_aggregation(parts, describer.features)

@@ -1,0 +1,148 @@
+"""Users' items in their order, read from a file, and the splits of the `sequence` protocol.
+
+A file has the columns user_id, item_id and `position`, or instead of the position any column that is known as a time
+(see event_table). Items of one user at one position are put in random order, the same for the same seed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import scipy.sparse
+import torch
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.outcome import Ints
+from innerloop.learning.softmax_training import Histories
+
+_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B users' items, oldest first, one user after another. Items are numbered 0 .. `catalogue` - 1."""
+
+    items: Ints  # [E]
+    starts: Ints  # [B + 1]
+    catalogue: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        return np.diff(self.starts)
+
+    @property
+    def users(self) -> Ints:
+        """Whose each item is, [E]."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def recency(self) -> Ints:
+        """How many items of the same user come after each item, [E]."""
+        return np.repeat(self.starts[1:], self.lengths) - 1 - np.arange(len(self.items))
+
+    @property
+    def counts(self) -> Ints:
+        """How often each item occurs, [catalogue]."""
+        return np.bincount(self.items, minlength=self.catalogue).astype(np.int64)
+
+    def without_last(self, count: int) -> "Sequences":
+        """Every user's items but the last `count`; who has fewer is left with none."""
+        lengths = np.maximum(self.lengths - count, 0)
+        kept = np.arange(len(self.items)) < np.repeat(self.starts[:-1] + lengths, self.lengths)
+        return Sequences(self.items[kept], _starts(lengths), self.catalogue)
+
+    def last(self) -> Ints:
+        """Every user's last item, [B]. Each user needs one."""
+        return self.items[self.starts[1:] - 1]
+
+    def take(self, rows: Ints) -> "Sequences":
+        """Those users, in that order."""
+        lengths = self.lengths[rows]
+        starts = _starts(lengths)
+        at = np.repeat(self.starts[rows] - starts[:-1], lengths) + np.arange(starts[-1])
+        return Sequences(self.items[at], starts, self.catalogue)
+
+    def matrix(self, decay: float = 1.0) -> scipy.sparse.csr_matrix:
+        """[B, catalogue] float32 with decay^(number of later items) where a user has an item; the newest counts."""
+        weights = np.power(np.float32(decay), self.recency, dtype=np.float32)
+        order = np.lexsort((self.recency, self.items, self.users))
+        users, items = self.users[order], self.items[order]
+        first = np.ones(len(order), bool)
+        first[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
+        shape = (len(self), self.catalogue)
+        return scipy.sparse.csr_matrix((weights[order][first], (users[first], items[first])), shape=shape)
+
+    def histories(self, capacity: int, *, hold_last: bool = False) -> Histories:
+        """The `capacity` newest items of each, padded; `hold_last` makes the last ones the held-out period."""
+        lengths = np.minimum(self.lengths, capacity)
+        width = max(1, int(lengths.max(initial=1)))
+        steps = np.arange(width)
+        mask = steps < lengths[:, None]
+        at = np.where(mask, (self.starts[1:] - lengths)[:, None] + steps, 0)
+        items = np.where(mask, self.items[at] if len(self.items) else 0, 0)
+        held = (steps == (lengths - 1)[:, None]) & hold_last
+        return Histories(torch.from_numpy(items), torch.from_numpy(lengths), torch.from_numpy(held))
+
+
+def read_sequences(data: Path, *, seed: int) -> Sequences:
+    """Read a file, or the one such file of a folder.
+
+    Raises SettingsError when there is no such file, a column is missing or empty, or nobody has two items.
+    """
+    path = _file(data)
+    table = _positions(path)
+    order = np.random.default_rng(seed).permutation(table.height)
+    shuffled = table[order].sort("user", "position", maintain_order=True)
+    items = shuffled["item_id"].rank("dense").cast(pl.Int64).to_numpy() - 1
+    lengths = np.bincount(shuffled["user"].to_numpy())
+    if not len(lengths) or lengths.max() < 2:  # noqa: PLR2004 - one to learn from and one to foresee
+        raise SettingsError(f"{path} has no user with two items: nothing can be foreseen from a history.")
+    return Sequences(items.astype(np.int64), _starts(lengths), int(items.max()) + 1)
+
+
+def _file(data: Path) -> Path:
+    if not data.is_dir():
+        return data
+    found = sorted(path for path in data.iterdir() if path.suffix.lower() in _SUFFIXES)
+    if len(found) != 1:
+        raise SettingsError(f"{data} holds {len(found)} files of sequences: name the one to evaluate.")
+    return found[0]
+
+
+def _positions(path: Path) -> pl.DataFrame:
+    """Columns user (0, 1, ..), item_id and position, sorted by row of the file."""
+    columns = _columns(path)
+    if "position" in columns:
+        events = read_events(path, columns={"event_time": columns["position"]})
+    else:
+        events = read_events(path)
+    events = events.rename({"event_time": "position"})
+    if not events.height:
+        raise SettingsError(f"{path} is empty: name a file with user_id, position and item_id.")
+    return events.select((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user"), "item_id", "position")
+
+
+def _columns(path: Path) -> dict[str, str]:
+    """The file's columns by their names in lower case; none where it can't be read, which `read_events` explains."""
+    scans: dict[str, Callable[[Path], pl.LazyFrame]] = {
+        ".parquet": pl.scan_parquet,
+        ".csv": pl.scan_csv,
+        ".jsonl": pl.scan_ndjson,
+        ".ndjson": pl.scan_ndjson,
+    }
+    if not path.is_file() or path.suffix.lower() not in scans:
+        return {}
+    try:
+        return {name.lower(): name for name in scans[path.suffix.lower()](path).collect_schema().names()}
+    except (pl.exceptions.PolarsError, OSError):
+        return {}
+
+
+def _starts(lengths: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,0 +1,45 @@
+"""Reading files of events into a stream log."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import read_events
+from innerloop.learning.stream_log import StreamLog, stream_of
+
+_READABLE = (".csv", ".jsonl", ".ndjson", ".parquet")
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """Events in order of time; those from row `own_from` on are the data's own, the others its history's."""
+
+    events: pl.DataFrame
+    own_from: int
+
+
+def read_table(path: Path, *, history: Path | None = None) -> EventTable:
+    """Read a file or a folder of events, behind those of `history` that are earlier. Raises SettingsError if empty."""
+    table = _table(path)
+    if table.is_empty():
+        raise SettingsError(f"{path} has no events: name a file or a folder with some.")
+    if history is None:
+        return EventTable(table, 0)
+    before = _table(history).filter(pl.col("event_time") < table["event_time"][0])
+    return EventTable(pl.concat([before, table], how="diagonal_relaxed"), before.height)
+
+
+def read_stream(path: Path, *, seed: int = 0) -> StreamLog:
+    """Read a file or a folder of events as a stream log. Raises SettingsError when there is nothing to read."""
+    return stream_of(read_table(path).events, seed=seed)
+
+
+def _table(path: Path) -> pl.DataFrame:
+    if not path.is_dir():
+        return read_events(path)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READABLE)
+    if not files:
+        raise SettingsError(f"{path} holds none of {', '.join(_READABLE)} files: put the events there or name a file.")
+    return pl.concat([read_events(file) for file in files], how="diagonal_relaxed").sort("event_time")

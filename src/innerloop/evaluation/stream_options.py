@@ -1,0 +1,55 @@
+"""What is asked of every arm in the stream protocol, and what counts as an answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from innerloop.errors import SettingsError
+from innerloop.events import CODES
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What is asked, and what counts as an answer."""
+
+    targets: tuple[str, ...] = ("click",)
+    """Types of event to foresee."""
+    remove_seen: bool = False
+    """Remove what the user has had an event with, and don't ask for it."""
+    within_session: bool = False
+    """Ask only when the user's event before is of the same session."""
+    every: int = 1
+    """Ask at every so-manieth of these moments."""
+    warm_up: int | None = None
+    """Events at the start that are only learned from; None: the first `warm_up_share`."""
+    warm_up_share: float = 0.3
+    hits: tuple[int, ...] = (20,)
+    reciprocal: tuple[int, ...] = (20,)
+    block_seconds: float = 30.0
+    train_every_hours: float = 24.0
+    """How often the served release is trained again, on what has happened by then."""
+    train_on: int = 300_000
+    """Newest events that a release is trained on."""
+    capacity: int = 64
+
+
+PRESETS: Mapping[str, StreamOptions] = {
+    "globo": StreamOptions(
+        remove_seen=True, within_session=True, every=5, warm_up=300_000, hits=(10, 20), reciprocal=(10,)
+    ),
+    "taobao": StreamOptions(targets=("click", "purchase")),
+}
+
+
+def options_of(preset: str | None, **chosen: object) -> StreamOptions:
+    """A preset's options, or the defaults, with those that were chosen (not None) in their place.
+
+    Raises SettingsError for a preset or an event type that doesn't exist.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise SettingsError(f"There is no preset {preset}: choose one of {', '.join(PRESETS)}.")
+    base = StreamOptions() if preset is None else PRESETS[preset]
+    options = replace(base, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+    unknown = [name for name in options.targets if name not in CODES]
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is no type of event to foresee: choose of {', '.join(CODES)}.")
+    return options

@@ -1,0 +1,187 @@
+"""The ads' head: purchase given click, and the click where impressions exist, adapted to each user.
+
+Of an ad it sees what the user's support set says of it (`pairs.describe`) and what everybody's events say
+(`POPULATION`). Everybody's answer s is the mean of a linear logit, whose priors are learned, and a committee's. A
+user's own weights act on (s, 1, a few columns) around the prior mean (1, 0, .. 0), found from the user's matured
+clicks in a few Newton steps, and Platt scaling comes last:
+
+    p = sigmoid(slope * ((s, 1, x_own) . w_user) + intercept)
+
+A user without matured clicks gets everybody's answer. How much users may differ is what foretold the last part of the
+training period best, given the part before; nothing, if that was best.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from innerloop.learning.ads.attribution import HOUR
+from innerloop.learning.ads.calibration import Platt
+from innerloop.learning.ads.committee import Committee, train
+from innerloop.learning.ads.logistic import Normal, Tasks, fit_shared, map_estimate
+from innerloop.learning.ads.pairs import NAMES, Past, describe
+
+POPULATION: tuple[str, ...] = (
+    "category: conversion rate",  # log of the shrunk rate over everybody's
+    "category: share of clicks",  # log
+    "category: clicks with a label",  # log(1 + n)
+    "item: conversion rate",  # log of the shrunk rate over its category's
+    "item: clicks of everybody",  # log(1 + n)
+    "item: clicks with a label",  # log(1 + n)
+)
+"""Columns of what everybody's events say of an item."""
+COLUMNS: tuple[str, ...] = (*NAMES, *POPULATION)
+_OWN = ("item: clicks", "item: clicked before", "category: conversion rate")
+_CLIP = 5.0  # standard deviations
+_LEAST_SPREAD = 1e-6
+_MOST_EPOCHS = 12
+_HELD_OUT, _MOST_HELD_OUT = 0.3, 10_000  # of the training examples, the last ones
+VARIANCES = (1e-9, 0.001, 0.003, 0.01, 0.03, 0.1)
+"""How much users may differ: what is tried."""
+
+
+@dataclass(frozen=True)
+class AdHead:
+    """C = len(COLUMNS), F = 1 + C with the intercept first, K = 2 + the number of a user's own columns."""
+
+    centre: Tensor  # [C] float64
+    scale: Tensor  # [C] float64
+    weights: Tensor  # [F] float64
+    committee: Committee
+    own_columns: Tensor  # [K - 2] int64, columns of the design
+    own_variances: Tensor  # [K] float64
+    calibration: Platt = field(default_factory=Platt)
+    click_weights: Tensor | None = None  # [F] float64; only where impressions were seen
+
+    @classmethod
+    def fit(cls, columns: Tensor, labels: Tensor, *, mean: Tensor | None = None, seed: int = 0) -> "AdHead":
+        """Learn everybody's answer from `columns` [N, C] of clicks in order of time and their matured labels [N].
+
+        `mean` [F] is what the linear weights are drawn to, such as the click head's (transfer). The number of epochs is
+        the one that was best on the last of the clicks. Raises ValueError when N is 0.
+        """
+        if not len(labels):
+            raise ValueError("There is no click to learn from.")
+        centre, scale = columns.double().mean(0), columns.double().std(0, correction=0)
+        x = _design(columns, centre, scale)
+        weights = fit_shared(x, labels, _groups(), mean).mean
+        cut = _held_out(len(labels))
+        _, losses = train(x[:cut], labels[:cut], _MOST_EPOCHS, held_out=(x[cut:], labels[cut:]), seed=seed)
+        epochs = 1 + min(range(len(losses)), key=losses.__getitem__)
+        committee, _ = train(x, labels, epochs, seed=seed)
+        own = torch.tensor([1 + COLUMNS.index(name) for name in _OWN])
+        none = torch.full((2 + len(own),), VARIANCES[0], dtype=torch.float64)
+        return cls(centre, scale, weights, committee, own, none)
+
+    def own_features(self, columns: Tensor) -> Tensor:
+        """What a user's own weights act on, [.., C] -> [.., K] float64: everybody's logit, 1, the own columns."""
+        x = _design(columns, self.centre, self.scale)
+        flat = x.reshape(-1, x.shape[-1])
+        logit = ((flat @ self.weights + self.committee(flat)) / 2).reshape(x.shape[:-1]).unsqueeze(-1)
+        return torch.cat([logit, torch.ones_like(logit), x[..., self.own_columns]], -1)
+
+    @property
+    def own_mean(self) -> Tensor:
+        mean = torch.zeros(2 + len(self.own_columns), dtype=torch.float64)
+        mean[0] = 1.0
+        return mean
+
+    def with_variance(self, variance: float) -> "AdHead":
+        """Let users differ by this much in every own weight."""
+        return replace(self, own_variances=torch.full_like(self.own_variances, variance))
+
+    def adapt(self, features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """T users' own weights [T, K] from `own_features` [T, S, K], labels [T, S] and weights [T, S] (0 if padded)."""
+        tasks = Tasks(features, labels.double(), weights.double())
+        return map_estimate(tasks, Normal(self.own_mean, 1.0 / self.own_variances))[0]
+
+    def probabilities(  # noqa: PLR0917 - six facts about what is asked
+        self, past: Past, past_population: Tensor, ads: "Ads", population: Tensor, now: Tensor, rate: float
+    ) -> Tensor:
+        """Purchase given click [T, A] of these ads at `now` [T] (epoch ms).
+
+        `past_population` [T, S, 6] and `population` [T, A, 6] are the columns POPULATION of the past events' items and
+        of the ads; `rate` is everybody's conversion rate.
+        """
+        at = now.unsqueeze(1)
+        rates = torch.tensor(rate, dtype=torch.float32)
+        asked = describe(past, ads.items, ads.categories, at.expand_as(ads.items), rates.expand(ads.items.shape))
+        earlier = describe(past, past.items, past.categories, past.times, rates.expand(past.items.shape))
+        bought = past.converted_at < at
+        known = past.mask & (past.kinds == 0) & (past.times < at) & (bought | (past.times + HOUR < at))
+        own = self.adapt(self.own_features(torch.cat([earlier, past_population], -1)), bought, known)
+        logits = (self.own_features(torch.cat([asked, population], -1)) @ own.unsqueeze(-1)).squeeze(-1)
+        return self.calibration(logits)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything learned, by name, for a release."""
+        numbers = torch.tensor([self.calibration.slope, self.calibration.intercept], dtype=torch.float64)
+        found = {
+            "centre": self.centre,
+            "scale": self.scale,
+            "weights": self.weights,
+            "own_columns": self.own_columns,
+            "own_variances": self.own_variances,
+            "calibration": numbers,
+        }
+        found |= {f"committee.{at}": tensor for at, tensor in enumerate(self.committee.tensors())}
+        return found if self.click_weights is None else found | {"click_weights": self.click_weights}
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> "AdHead":
+        """Raises KeyError when something is missing."""
+        return cls(
+            state["centre"],
+            state["scale"],
+            state["weights"],
+            Committee(*(state[f"committee.{at}"] for at in range(4))),
+            state["own_columns"],
+            state["own_variances"],
+            Platt(*state["calibration"].tolist()),
+            state.get("click_weights"),
+        )
+
+
+@dataclass(frozen=True)
+class Ads:
+    """A ads for each of T users: `items` [T, A] and their `categories` [T, A] (-1 unknown), numbered as in Past."""
+
+    items: Tensor
+    categories: Tensor
+
+
+Foretell = Callable[[Sequence[AdHead], slice], Sequence[Tensor]]
+"""Heads that differ only in how much users may differ, and which clicks -> each head's logits of those clicks."""
+
+
+def choose_variance(columns: Tensor, labels: Tensor, foretell: Foretell, *, seed: int = 0) -> tuple[float, list[float]]:
+    """How much users differ: learned on the first clicks [N, C], judged by log-loss on the last; and all the losses."""
+    cut = _held_out(len(labels))
+    if not 0 < float(labels[:cut].sum()) < cut or cut == len(labels):
+        return VARIANCES[0], []
+    head, last = AdHead.fit(columns[:cut], labels[:cut], seed=seed), slice(cut, cut + _MOST_HELD_OUT)
+    foretold = foretell([head.with_variance(variance) for variance in VARIANCES], last)
+    losses = [float(binary_cross_entropy_with_logits(logits, labels[last].double())) for logits in foretold]
+    return VARIANCES[min(range(len(losses)), key=losses.__getitem__)], losses
+
+
+def _held_out(examples: int) -> int:
+    """Where the last part begins; at least one example stays before it."""
+    return max(1, int((1 - _HELD_OUT) * examples))
+
+
+def _design(columns: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """Standardised, clipped, with the intercept: [.., C] -> [.., F] float64. A constant column becomes 0."""
+    spread = torch.where(scale > _LEAST_SPREAD, scale, torch.inf)
+    standard = ((columns.double() - centre) / spread).clamp(-_CLIP, _CLIP)
+    return torch.cat([torch.ones_like(standard[..., :1]), standard], -1)
+
+
+def _groups() -> Tensor:
+    """One precision for the intercept and one for all the others, [F]."""
+    groups = torch.ones(1 + len(COLUMNS), dtype=torch.int64)
+    groups[0] = 0
+    return groups

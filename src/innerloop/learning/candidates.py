@@ -1,0 +1,228 @@
+"""Which items could be a task's next, and what is known of each: the first stage of a list, before it is ranked.
+
+Candidates come from five sources, each bounded: the task's own items, what others met near its newest items, what is
+popular just now, what is popular in the categories of its newest items, and what the head likes best. Of each
+candidate the same features are told, whichever source it came from.
+
+Everything is told as of the task's newest event, never as of the clock on the wall: the same state gives the same list.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from innerloop.events import CODES
+from innerloop.support import SupportSets, ranges
+from innerloop.trends import HALF_LIVES, CoVisits, Trends
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+NEAR = 5
+"""Newest items whose neighbours are candidates."""
+CATEGORIES, POPULAR_IN_CATEGORY, LIKED = 3, 30, 50
+"""Newest items whose categories give candidates, how many each gives, and how many the head does."""
+_EPSILON = 1e-6
+_LAST = 0.6  # weight of the item one step further back
+
+FEATURES: tuple[str, ...] = (
+    *(f"log_share_{int(h)}s" for h in HALF_LIVES),
+    "log_age",
+    "log_after_short",
+    "log_before_short",
+    "log_after_long",
+    "log_before_long",
+    "log_after_last",
+    "own_recency",
+    "own_log_step",
+    "own_count",
+    "own_weight",
+    "own_kept",
+    "own_bought",
+    "own_log_age",
+    "category_share",
+    "category_is_last",
+    "head",
+    "head_lift",
+    "log_size",
+    "log_gap",
+)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """M candidates of T tasks: task t has `places[starts[t]:starts[t + 1]]`."""
+
+    starts: Ints  # [T + 1]
+    places: Ints  # [M]
+    features: Floats  # [M, F], as in FEATURES
+
+    def rows(self) -> Ints:  # [M], the task of each
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+
+@dataclass(frozen=True)
+class Recent:
+    """The newest examples of T tasks, newest first: places [T, S] (-1 for none), kinds, weights, times (epoch ms)."""
+
+    places: Ints
+    kinds: Ints
+    weights: Floats
+    times: Ints
+
+    @classmethod
+    def of(cls, sets: SupportSets, places: Ints) -> "Recent":
+        """Of support sets whose examples are of items at `places` [N]."""
+        sizes = sets.sizes
+        width = max(1, int(sizes.max(initial=0)))
+        task = np.repeat(np.arange(len(sizes)), sizes)
+        column = np.repeat(sizes, sizes) - 1 - ranges(np.zeros(len(sizes), np.int64), sizes)
+        shape = (len(sizes), width)
+        recent = cls(
+            np.full(shape, -1), np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        )
+        recent.places[task, column] = places
+        recent.kinds[task, column] = sets.examples["type"]
+        recent.weights[task, column] = sets.examples["weight"]
+        recent.times[task, column] = sets.examples["time"]
+        return recent
+
+
+class Categories:
+    """The category of each place, and which places each has. -1 is unknown."""
+
+    def __init__(self, of_place: Ints) -> None:
+        self.of_place = of_place
+
+    @cached_property
+    def _sorted(self) -> tuple[Ints, Ints]:
+        order = np.argsort(self.of_place, kind="stable")
+        return order, self.of_place[order]
+
+    def members(self, category: int) -> Ints:
+        """The places of a category."""
+        order, ordered = self._sorted
+        first, last = np.searchsorted(ordered, [category, category + 1])
+        return order[first:last]
+
+    def of(self, places: Ints) -> Ints:
+        """Categories of places [..]; -1 for -1 and for what isn't known."""
+        known = (places >= 0) & (places < len(self.of_place))
+        return (
+            np.where(known, self.of_place[np.where(known, places, 0)], -1)
+            if len(self.of_place)
+            else np.full_like(places, -1)
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What is the same for all tasks of a moment: what everybody does, and the items there are."""
+
+    trends: Trends
+    categories: Categories
+    popular: Ints  # [P]
+
+
+def gather(recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int) -> Candidates:
+    """Candidates of T tasks at `now` [T] (epoch ms) among `count` places; `liked` [T, K] are those the head likes best.
+
+    The features `head` and `head_lift` are left at 0: they are the ranker's to fill in.
+    """
+    near, shares = pool.trends.co_visits.of(recent.places[:, :NEAR])  # [T, L, K], [T, L, K, 4]
+    tasks = len(now)
+    sources: list[NDArray[np.integer]] = [
+        recent.places,
+        near.reshape(tasks, -1),
+        np.broadcast_to(pool.popular, (tasks, len(pool.popular))),
+        _in_category(recent, pool),
+        liked,
+    ]
+    keys, inverse = np.unique(np.concatenate([_keys(source, count) for source in sources]), return_inverse=True)
+    task, places = keys // count, keys % count
+    own = inverse[: int((recent.places >= 0).sum())]
+    met = inverse[len(own) : len(own) + int((near >= 0).sum())]
+    columns = [
+        *np.log(pool.trends.popularity.shares(places) + _EPSILON).T,
+        np.log1p(np.minimum(pool.trends.popularity.ages(places, now[task]), 3e7) / 60.0),
+        *_near_features(near, shares, met, len(keys)),
+        *_own_features(recent, now, own, len(keys)),
+        *_category_features(recent, pool.categories, task, places),
+        np.zeros(len(keys)),
+        np.zeros(len(keys)),
+        np.log1p((recent.places >= 0).sum(1))[task],
+        _gap(recent)[task],
+    ]
+    features = np.stack(columns, 1).astype(np.float32)
+    starts = np.searchsorted(task, np.arange(tasks + 1))
+    return Candidates(starts, places, features)
+
+
+def _gap(recent: Recent) -> NDArray[np.float64]:
+    """Log of the minutes between each task's two newest examples [T], 0 where there are fewer."""
+    second = min(1, recent.places.shape[1] - 1)
+    between = np.maximum(recent.times[:, 0] - recent.times[:, second], 0) / 60_000.0
+    gap: NDArray[np.float64] = np.log1p(between) * (recent.places[:, second] >= 0)
+    return gap
+
+
+def _keys(places: NDArray[np.integer], count: int) -> Ints:
+    """Task * count + place of the places [T, K] that aren't -1, row by row."""
+    keys = places + np.arange(len(places))[:, None] * count
+    return keys[places >= 0]
+
+
+def _in_category(recent: Recent, pool: Pool) -> Ints:
+    """The most popular places of the categories of each task's newest items, [T, CATEGORIES * POPULAR_IN_CATEGORY]."""
+    wanted = pool.categories.of(recent.places[:, :CATEGORIES])
+    found = np.full((*wanted.shape, POPULAR_IN_CATEGORY), -1)
+    for category in np.unique(wanted[wanted >= 0]).tolist():
+        members = pool.categories.members(category)
+        counts = pool.trends.popularity.shares(members)[:, -1]
+        if len(members) > POPULAR_IN_CATEGORY:
+            members = members[np.argpartition(counts, -POPULAR_IN_CATEGORY)[-POPULAR_IN_CATEGORY:]]
+        found[wanted == category, : len(members)] = members
+    return found.reshape(len(wanted), -1)
+
+
+def _near_features(near: NDArray[np.int32], shares: Floats, met: Ints, size: int) -> list[NDArray[np.float64]]:
+    """Logarithms of how often others met the candidate near the task's newest items, and after the newest alone."""
+    there = near >= 0
+    back = np.arange(near.shape[1])
+    weights = (_LAST**back / (_LAST**back).sum())[None, :, None] * np.ones_like(near, np.float64)
+    weights = weights[there]
+    kinds = [np.bincount(met, weights * shares[..., kind][there], size) for kind in range(CoVisits.WEIGHTS)]
+    last = np.broadcast_to((back == 0)[None, :, None], near.shape)[there]
+    kinds.append(np.bincount(met, last * shares[..., 2][there], size))
+    return [np.log(kind + _EPSILON) for kind in kinds]
+
+
+def _own_features(recent: Recent, now: Ints, own: Ints, size: int) -> list[NDArray[np.float64]]:
+    there = recent.places >= 0
+    step = np.broadcast_to(np.arange(there.shape[1]), there.shape)[there]
+    recency, kept, bought, age = np.zeros((4, size))
+    np.maximum.at(recency, own, 1.0 / (1.0 + step))
+    np.maximum.at(kept, own, np.isin(recent.kinds, (CODES["cart"], CODES["favorite"]))[there].astype(float))
+    np.maximum.at(bought, own, (recent.kinds == CODES["purchase"])[there].astype(float))
+    minutes = np.maximum(now[:, None] - recent.times, 0)[there] / 60_000.0
+    age[own[::-1]] = np.log1p(minutes)[::-1]  # the newest example of an item is written last
+    counts = np.log1p(np.bincount(own, minlength=size))
+    said = np.log1p(np.bincount(own, recent.weights[there], size))
+    last = np.where(recency > 0, -np.log(np.maximum(recency, 1e-9)), 0.0)
+    return [recency, last, counts, said, kept, bought, age]
+
+
+def _category_features(recent: Recent, categories: Categories, task: Ints, places: Ints) -> list[NDArray[np.float64]]:
+    """The share of the task's examples, newer ones counting more, of the candidate's category; is it the newest's."""
+    mine = categories.of(recent.places)  # [T, S]
+    weights = np.where(mine >= 0, 0.9 ** np.arange(mine.shape[1]), 0.0)
+    span = int(max(mine.max(initial=0), categories.of_place.max(initial=0))) + 2
+    keys, inverse = np.unique(mine + 1 + np.arange(len(mine))[:, None] * span, return_inverse=True)
+    sums = np.bincount(inverse.reshape(-1), weights.reshape(-1))
+    theirs = categories.of(places)
+    wanted = theirs + 1 + task * span
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    share = np.where((keys[at] == wanted) & (theirs >= 0), sums[at], 0.0) / np.maximum(weights.sum(1), 1e-9)[task]
+    return [share, ((theirs == mine[task, 0]) & (theirs >= 0)).astype(float)]

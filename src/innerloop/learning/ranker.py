@@ -1,0 +1,151 @@
+"""The second stage of a list: candidates in, how likely each is the task's next item.
+
+A small network f over a candidate's features, taught so that the softmax over a moment's candidates,
+
+    P(i) = exp f(x_i) / sum over candidates j of exp f(x_j)
+
+is high for the item that came next (listwise softmax cross-entropy; Cao et al. 2007). It aggregates models: the head's
+score is one feature among live popularity, co-visits and the task's own items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from innerloop.learning.candidates import FEATURES, Candidates
+
+_HIDDEN = 32
+_NEGATIVES = 96
+_BATCH = 256
+_RATE = 3e-3
+_PATIENCE = 3
+_HELD_OUT = 0.15
+
+
+class Ranker:
+    """`mean` and `scale` [F] standardise the features; two hidden layers of `_HIDDEN` units follow."""
+
+    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Sequential) -> None:
+        self.mean, self.scale, self.network = mean, scale, network
+
+    @classmethod
+    def new(cls, mean: Tensor, scale: Tensor) -> Self:
+        network = nn.Sequential(
+            nn.Linear(len(mean), _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1)
+        )
+        return cls(mean, scale, network)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Tell f of features [.., F]: [..]."""
+        scores: Tensor = self.network((features - self.mean) * self.scale).squeeze(-1)
+        return scores
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "scale": self.scale, **self.network.state_dict()}
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self:
+        """The ranker that `state()` is of. Raises KeyError or RuntimeError when it doesn't fit."""
+        ranker = cls.new(state["mean"], state["scale"])
+        ranker.network.load_state_dict({key: value for key, value in state.items() if key[0].isdigit()})
+        return ranker
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """R moments: features [R, 1 + K, F] of what came next and of K other candidates, and how much each says [R].
+
+    `offset` [R, 1 + K] is added to f: others that were drawn stand for those that weren't, and -inf is padding.
+    """
+
+    features: Tensor
+    offset: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Lesson":
+        return Lesson(self.features[rows], self.offset[rows], self.weights[rows])
+
+    def loss(self, ranker: Ranker) -> Tensor:
+        """Weighted mean of -log P(what came next)."""
+        logits = ranker(self.features) + self.offset
+        return (self.weights * (logits.logsumexp(1) - logits[:, 0])).sum() / self.weights.sum()
+
+
+def lesson(candidates: Candidates, target: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> Lesson:
+    """Make a lesson of the moments whose item `target[t]` (a place) is a candidate; K of the others are drawn."""
+    parts: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+    offsets, kept = [], []
+    for task, place in enumerate(target):
+        first, last = candidates.starts[task], candidates.starts[task + 1]
+        at = first + np.flatnonzero(candidates.places[first:last] == place)
+        if not len(at) or last - first == 1:
+            continue
+        others = np.delete(np.arange(first, last), at[0] - first)
+        drawn = rng.permutation(others)[:_NEGATIVES] if len(others) > _NEGATIVES else others
+        features = np.zeros((1 + _NEGATIVES, len(FEATURES)), np.float32)
+        features[: 1 + len(drawn)] = candidates.features[np.concatenate([at, drawn])]
+        offset = np.full(1 + _NEGATIVES, -np.inf, np.float32)
+        offset[0], offset[1 : 1 + len(drawn)] = 0.0, np.log(len(others) / len(drawn))
+        parts.append(features)
+        offsets.append(offset)
+        kept.append(weights[task])
+    shape = (0, 1 + _NEGATIVES, len(FEATURES))
+    return Lesson(
+        torch.from_numpy(np.stack(parts)) if parts else torch.zeros(shape),
+        torch.from_numpy(np.stack(offsets)) if offsets else torch.zeros(shape[:2]),
+        torch.tensor(kept, dtype=torch.float32),
+    )
+
+
+def join(lessons: Sequence[Lesson]) -> Lesson:
+    """One after another, in order of time."""
+    return Lesson(
+        torch.cat([part.features for part in lessons]),
+        torch.cat([part.offset for part in lessons]),
+        torch.cat([part.weights for part in lessons]),
+    )
+
+
+def learn_ranker(
+    lessons: Lesson, *, epochs: int = 12, seed: int = 0, tell: Callable[[str, float], None] = lambda _w, _s: None
+) -> Ranker:
+    """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs at least 20 moments."""
+    held = max(1, round(len(lessons) * _HELD_OUT))
+    train, test = lessons[: len(lessons) - held], lessons[len(lessons) - held :]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ranker = _standardised(train)
+    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=1e-5)
+    best, state, patience = float("inf"), ranker.state(), 0
+    for epoch in range(epochs):
+        tell("ranker", epoch / epochs)
+        order = torch.randperm(len(train), generator=generator)
+        for rows in torch.split(order, _BATCH):
+            optimiser.zero_grad()
+            train[rows].loss(ranker).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        with torch.inference_mode():
+            reached = float(test.loss(ranker))
+        patience = 0 if reached < best else patience + 1
+        if reached < best:
+            best, state = reached, {key: value.clone() for key, value in ranker.state().items()}
+        if patience == _PATIENCE:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] *= 0.8
+    ranker = Ranker.restore(state)
+    ranker.network.requires_grad_(requires_grad=False)
+    return ranker
+
+
+def _standardised(lessons: Lesson) -> Ranker:
+    real = lessons.features[lessons.offset > -torch.inf]
+    return Ranker.new(real.mean(0), 1.0 / real.std(0).clamp(min=1e-3))

@@ -1,0 +1,179 @@
+"""From support sets to lists, under one release: adapt, find candidates, rank them. Service and judges both use this.
+
+With a ranker in the release: the head adapts to each task's examples and likes some items; together with the task's own
+items and what everybody does just now they are the candidates, and the ranker says how likely each is the next. Without
+one a list is what the adapted head likes best.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from innerloop.learning.candidates import FEATURES, LIKED, Candidates, Pool, Recent, gather
+from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.heads import Head, Support
+from innerloop.learning.ranking import best_by
+from innerloop.learning.releases import Release
+from innerloop.metrics import STEP_SECONDS
+from innerloop.support import SupportSets, ranges
+from innerloop.trends import Activity, Trends
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+_HEAD, _LIFT = FEATURES.index("head"), FEATURES.index("head_lift")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Best places [T, k] of T tasks, best first, and their scores; -1 and -inf where there are fewer than k."""
+
+    places: Ints
+    scores: Floats
+
+
+class Scorer:
+    """A release on a device, the items there are, and what everybody does just now."""
+
+    def __init__(self, release: Release, device: torch.device) -> None:
+        self.catalogue = Catalogue(release, device)
+        self.trends = Trends()
+
+    def use(self, release: Release) -> None:
+        """Score by another release from now on; items keep their places, and the trends go on."""
+        self.catalogue = Catalogue(release, self.catalogue.device, self.catalogue.kept())
+
+    @property
+    def method(self) -> str:
+        """What made the lists: the head's name, and that a ranker had the last word."""
+        name = self.catalogue.head.name
+        return name if self.catalogue.release.ranker is None else f"{name}+ranker"
+
+    def observe(self, activity: Activity) -> None:
+        """Take in what everybody did; items by their numbers, all of which `catalogue.add` has seen."""
+        known = activity.copy()
+        known["item"] = self.catalogue.places(activity["item"])
+        previous = activity["previous"]
+        known["previous"] = np.where(previous >= 0, self.catalogue.places(np.maximum(previous, 0)), -1)
+        self.trends.observe(known[known["item"] >= 0])
+
+    def parameters(self, sets: SupportSets) -> Tensor:
+        """The adapted head of each task, [T, d]."""
+        support, _ = padded(sets, self.catalogue)
+        return self.catalogue.head.adapt(support)
+
+    def lists(self, sets: SupportSets, k: int, *, exclude_seen: bool = False) -> Lists:
+        """The k best items of each task."""
+        with torch.inference_mode():
+            with STEP_SECONDS.labels("solve").time():
+                parameters = self.parameters(sets)
+            seen = self.recent(sets).places if exclude_seen else None
+            if self.catalogue.release.ranker is None:
+                excluded = None if seen is None else torch.from_numpy(seen).to(parameters.device)
+                with STEP_SECONDS.labels("score").time():
+                    return _best(self.catalogue, self.catalogue.head, parameters, k, excluded)
+            found = self.candidates(sets, parameters)
+            with STEP_SECONDS.labels("rank").time():
+                return self._ranked(found, k, seen)
+
+    def lists_by(self, head: Head, sets: SupportSets, k: int) -> Lists:
+        """The k best items of each task by another head alone."""
+        with torch.inference_mode():
+            return _best(self.catalogue, head, head.adapt(padded(sets, self.catalogue)[0]), k)
+
+    def ads(self, sets: SupportSets, k: int) -> tuple[Ints, Floats]:
+        """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores."""
+        with torch.inference_mode():
+            best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
+        return best.cpu().numpy(), scores.float().cpu().numpy()
+
+    def recent(self, sets: SupportSets) -> Recent:
+        return Recent.of(sets, self.catalogue.places(sets.examples["item"]))
+
+    def candidates(self, sets: SupportSets, parameters: Tensor) -> Candidates:
+        """Candidates of each task with all their features, given the adapted heads [T, d]."""
+        catalogue = self.catalogue
+        recent = self.recent(sets)
+        now = np.where(sets.sizes > 0, sets.newest, self.trends.newest)
+        with STEP_SECONDS.labels("score").time():
+            liked = best_by(catalogue.head, parameters, catalogue.vectors, LIKED)[0].cpu().numpy()
+        pool = Pool(self.trends, catalogue.categories, self.trends.popularity.most)
+        with STEP_SECONDS.labels("candidates").time():
+            found = gather(recent, now, pool, liked, len(catalogue))
+        places = torch.from_numpy(found.places).to(catalogue.device)
+        vectors = catalogue.vectors[places]  # [M, d]
+        rows = torch.from_numpy(found.rows()).to(catalogue.device)
+        scores = _scores(catalogue.head, parameters, rows, vectors)
+        prior = catalogue.head.score(catalogue.head.prior.unsqueeze(0), vectors).squeeze(0)
+        found.features[:, _HEAD] = scores.cpu().numpy()
+        found.features[:, _LIFT] = (scores - prior).cpu().numpy()
+        return found
+
+    def _ranked(self, found: Candidates, k: int, seen: Ints | None) -> Lists:
+        ranker = self.catalogue.release.ranker
+        assert ranker is not None  # noqa: S101 - asked by `lists`
+        scores = ranker(torch.from_numpy(found.features))
+        rows = torch.from_numpy(found.rows())
+        column = torch.arange(len(rows)) - torch.from_numpy(found.starts)[rows]
+        tasks, width = len(found.starts) - 1, max(k, int(np.diff(found.starts).max(initial=0)))
+        table = torch.full((tasks, width), -torch.inf)
+        table[rows, column] = scores
+        table = table.log_softmax(1).exp()
+        at = torch.full((tasks, width), -1)
+        at[rows, column] = torch.from_numpy(found.places)
+        if seen is not None:
+            table[_contained(at, torch.from_numpy(seen))] = -torch.inf
+        table[at < 0] = -torch.inf
+        best, columns = table.topk(k)
+        places = torch.where(best > -torch.inf, at.gather(1, columns), -1)
+        return Lists(places.numpy(), best.numpy())
+
+
+def _best(catalogue: Catalogue, head: Head, parameters: Tensor, k: int, excluded: Tensor | None = None) -> Lists:
+    places, scores = best_by(head, parameters, catalogue.vectors, k, excluded)
+    places = torch.where(scores > -torch.inf, places, -1)
+    return Lists(places.cpu().numpy(), scores.float().cpu().numpy())
+
+
+def _scores(head: Head, parameters: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+    """The score [M] of vectors [M, d] under the parameters [T, P] of their rows [M]."""
+    if head.linear:
+        return (vectors * parameters[rows]).sum(1)
+    return torch.cat(
+        [
+            head.score(own.unsqueeze(0), theirs.unsqueeze(0)).squeeze(0)
+            for own, theirs in zip(
+                parameters, torch.split(vectors, torch.bincount(rows, minlength=len(parameters)).tolist()), strict=True
+            )
+        ]
+    )
+
+
+def _contained(places: Tensor, seen: Tensor) -> Tensor:
+    """Which of places [T, C] are among the same task's seen [T, S]; -1 is padding."""
+    return ((places.unsqueeze(2) == seen.unsqueeze(1)) & (places >= 0).unsqueeze(2)).any(2)
+
+
+def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
+    """The sets as a head wants them, and each example's place in the catalogue [T, S], -1 where padded."""
+    sizes = sets.sizes
+    width = max(1, int(sizes.max(initial=0)))
+    at = ranges(np.arange(len(sizes)) * width, sizes)
+    shape = (len(sizes), width)
+    places, weights, ages = np.full(shape, -1), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    places.reshape(-1)[at] = catalogue.places(sets.examples["item"])
+    weights.reshape(-1)[at] = sets.examples["weight"]
+    # Age counts from the task's newest event, not from now: the same set gives the same scores at any time.
+    ages.reshape(-1)[at] = (np.repeat(sets.newest, sizes) - sets.examples["time"]) / 1000.0
+    where = torch.from_numpy(places).to(catalogue.device)
+    mask = where >= 0
+    support = Support(
+        features=catalogue.vectors[where.clamp(min=0)],
+        labels=mask.to(torch.float32),
+        weights=torch.from_numpy(weights).to(catalogue.device) * mask,
+        ages=torch.from_numpy(ages).to(catalogue.device),
+        mask=mask,
+    )
+    return support, where

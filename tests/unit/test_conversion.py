@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.conversion_log import Histories, content_prior, known_counts, population, read_log
+from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
+from innerloop.evaluation.metrics import auc, calibration_error
+from innerloop.evaluation.protocols import conversion
+from innerloop.evaluation.scoreboard import rows
+
+_START, _HOUR, _DAY = 1_750_000_000_000, 3_600_000, 86_400_000
+
+
+def _events(seed: int = 0, clicks: int = 500) -> pl.DataFrame:
+    """Seven days of sessions: one click, or three on one item, which then is often bought, in category 1 above all."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for time in np.sort(rng.integers(0, 7 * _DAY, clicks)).tolist():
+        user, item = int(rng.integers(20)), int(rng.integers(60))
+        row = (user, item, item % 3)
+        serious = rng.random() < 0.3
+        found += [(*row, "click", _START + time + at * 60_000) for at in range(3 if serious else 1)]
+        if rng.random() < 0.1:
+            found.append((*row, "cart", _START + time + 30_000))
+        if serious and rng.random() < (0.9 if item % 3 == 1 else 0.3):
+            found.append((*row, "purchase", _START + time + _HOUR))
+    columns = ["user_id", "item_id", "category_id", "event_type", "ts_ms"]
+    return pl.DataFrame(found, columns, orient="row").sort("ts_ms", maintain_order=True)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    _events().write_parquet(tmp_path / "events.parquet")
+    return tmp_path / "events.parquet"
+
+
+def _tell(_what: str, _share: float) -> None: ...
+
+
+def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
+    found = conversion.run(file, seed=0, tell=_tell)
+    assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
+    assert found.baselines == {"global-rate", "item-rate", "streaming-counts", "logistic"}
+    assert found.labels is not None
+    assert found.labels.mean() > 0.05
+    for predicted in found.predictions.values():
+        assert predicted.shape == found.labels.shape == found.users.shape
+        assert ((predicted > 0) & (predicted < 1)).all()
+    figures = {(row.arm, row.metric): row.value for row in rows(found, draws=20) if row.slice == "all"}
+    assert figures["default", "auc"] > 0.7
+    assert figures["default", "auc"] > figures["placebo", "auc"] + 0.05
+    assert figures["default", "log-loss"] < figures["global-rate", "log-loss"]
+    assert figures["default", "predicted/observed"] == pytest.approx(1, abs=0.4)
+    assert sum(found.slices[name].sum() for name in found.slices if name.startswith("day")) == len(found.users)
+    assert sum(found.slices[name].sum() for name in found.slices if name.startswith("support")) == len(found.users)
+
+
+def test_the_same_seed_gives_the_same_figures(file: Path) -> None:
+    first, again = (conversion.run(file, seed=1, tell=_tell) for _ in range(2))
+    for arm in first.arms:
+        np.testing.assert_array_equal(first.predictions[arm], again.predictions[arm])
+
+
+def test_what_comes_later_changes_no_earlier_prediction(tmp_path: Path) -> None:
+    """Everything from the middle of the scored part on is replaced, the last time kept: predictions before it stay."""
+    whole = _events()
+    last = int(whole["ts_ms"].to_numpy().max())
+    middle = last - _DAY
+    other = _events(seed=9).filter((pl.col("ts_ms") >= middle) & (pl.col("ts_ms") < last))
+    changed = pl.concat([whole.filter(pl.col("ts_ms") < middle), other, whole.filter(pl.col("ts_ms") == last)])
+    results = []
+    for name, table in (("a", whole), ("b", changed)):
+        table.write_parquet(tmp_path / f"{name}.parquet")
+        results.append(conversion.run(tmp_path / f"{name}.parquet", seed=0, tell=_tell))
+    cut = int(results[0].facts["cut_ms"])  # type: ignore[call-overload]
+    before = whole.filter(
+        (pl.col("event_type") == "click") & (pl.col("ts_ms") >= cut) & (pl.col("ts_ms") < middle)
+    ).height
+    assert before > 30
+    for arm in set(results[0].arms) - {"placebo"}:  # whose strangers are drawn from all that are scored
+        ours, theirs = (result.predictions[arm][:before] for result in results)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=arm)
+
+
+def test_what_is_known_of_an_item_is_what_a_loop_over_strictly_earlier_events_finds(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    at = log.clicks[::37]
+    found = known_counts(log, log.items, at)
+    for row, n in enumerate(at.tolist()):
+        now, trials, sold = int(log.times[n]), 0, 0
+        for m in log.clicks.tolist():
+            if log.items[m] == log.items[n]:
+                bought = log.attribution.converted_at[m] < now
+                sold += bought
+                trials += bought or log.times[m] + _HOUR < now
+        assert (found.trials[row], found.successes[row]) == (trials, sold)
+
+
+def test_histories_are_the_newest_strictly_earlier_events(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    at = log.clicks[::41]
+    windows = Histories(log).before(log.users[at], log.times[at])
+    for row, n in enumerate(at.tolist()):
+        expected = [m for m in range(len(log.users)) if log.users[m] == log.users[n] and log.times[m] < log.times[n]]
+        assert windows.places[row][windows.mask[row]].tolist() == expected[::-1][:64]
+
+
+def test_an_item_nobody_clicked_has_its_categorys_rate(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    everybody = population(log, log.clicks, content_prior(log, _START + 4 * _DAY))
+    first = np.unique(log.items[log.clicks], return_index=True)[1]
+    own = everybody.columns[first, 3]  # log of the item's rate over its category's
+    np.testing.assert_allclose(own, 0, atol=1e-12)
+
+
+def test_without_categories_and_with_text_for_names_it_runs_too(tmp_path: Path) -> None:
+    bare = _events().drop("category_id").with_columns(pl.format("u-{}", "user_id").alias("user_id"))
+    bare.write_csv(tmp_path / "events.csv")
+    assert "default" in conversion.run(tmp_path / "events.csv", seed=0, tell=_tell).predictions
+
+
+def test_a_window_decides_which_purchases_count(file: Path) -> None:
+    long, short = (conversion.run(file, seed=0, tell=_tell, window_hours=hours).labels for hours in (24.0, 0.97))
+    assert long is not None
+    assert short is not None
+    assert short.sum() < long.sum()
+
+
+def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    def refused(table: pl.DataFrame, message: str, **options: float) -> None:
+        table.write_parquet(tmp_path / "x.parquet")
+        with pytest.raises(SettingsError, match=message):
+            conversion.run(tmp_path / "x.parquet", seed=0, tell=_tell, **options)
+
+    refused(_events().filter(pl.col("event_type") != "purchase"), "no event of type purchase")
+    refused(_events().filter(pl.col("event_type") == "purchase"), "no event of type click")
+    refused(_events(clicks=40), "clicks to train on")
+    refused(_events(), "training share", train_share=0.0)
+    refused(_events(), "attribution window", window_hours=0.0)
+    refused(_events().drop("user_id"), "user_id")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingsError, match="holds no file of events"):
+        conversion.run(tmp_path / "empty", seed=0, tell=_tell)
+
+
+def test_statistics_sorted_once_are_those_sorted_each_time() -> None:
+    rng = np.random.default_rng(0)
+    ours = Auc(), CalibrationError()
+    for predicted in (rng.random(200), rng.random(200).round(1), rng.random(50)):
+        labels = (rng.random(len(predicted)) < predicted).astype(float)
+        for _ in range(3):
+            given = labels, predicted, rng.integers(0, 3, len(predicted)).astype(float)
+            assert ours[0](*given) == pytest.approx(auc(*given), abs=1e-12)
+            assert ours[1](*given) == pytest.approx(calibration_error(*given), abs=1e-12)

@@ -1,0 +1,193 @@
+"""The bootstrap against scipy and a plain loop; the report as programs read it."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.stats import bootstrap
+
+from innerloop.evaluation.metrics import auc
+from innerloop.evaluation.outcome import Outcome
+from innerloop.evaluation.report import Report
+from innerloop.evaluation.scoreboard import Row, rows
+
+
+def outcome(seed: int = 0, users: int = 40) -> Outcome:
+    """Users with 1 to 9 moments each, whose errors go together."""
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(users), rng.integers(1, 10, users)) * 7 + 3
+    level = rng.normal(size=users * 7 + 3)[owner]
+    arms = {name: level + shift + rng.normal(size=len(owner)) for name, shift in _SHIFTS.items()}
+    return Outcome(
+        users=owner,
+        baselines=frozenset({"weak", "strong"}),
+        means={name: {"mae": values, "hit": -values} for name, values in arms.items()},
+        slices={"half": rng.random(len(owner)) < 0.5, "nobody": np.zeros(len(owner), bool)},
+        smaller_is_better=frozenset({"mae"}),
+    )
+
+
+_SHIFTS = {"default": 0.0, "none": 0.5, "weak": 0.8, "strong": 0.3}
+
+
+def found(of: Outcome, draws: int = 400, seed: int = 0) -> dict[tuple[str, str, str], Row]:
+    return {(row.arm, row.metric, row.slice): row for row in rows(of, draws=draws, seed=seed)}
+
+
+def test_figures_are_the_means_over_moments_of_each_slice() -> None:
+    given = outcome()
+    table = found(given)
+    for arm in _SHIFTS:
+        values = given.means[arm]["mae"]
+        assert table[arm, "mae", "all"].value == pytest.approx(values.mean())
+        assert table[arm, "mae", "half"].value == pytest.approx(values[given.slices["half"]].mean())
+        assert table[arm, "mae", "half"].n == given.slices["half"].sum()
+
+
+def test_an_empty_slice_has_no_rows() -> None:
+    assert not [key for key in found(outcome()) if key[2] == "nobody"]
+
+
+def test_a_slice_named_all_takes_the_place_of_everything() -> None:
+    given = outcome()
+    own = Outcome(given.users, given.baselines, given.means, {"all": given.slices["half"]})
+    assert found(own)["default", "mae", "all"].n == given.slices["half"].sum()
+
+
+def test_intervals_are_those_of_scipy_when_every_user_has_one_moment() -> None:
+    values = np.random.default_rng(1).exponential(size=300)
+    given = Outcome(np.arange(300), frozenset(), {"default": {"mae": values}})
+    ours = found(given, draws=4000)["default", "mae", "all"]
+    theirs = bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=2).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+
+
+def test_intervals_are_those_of_a_plain_loop_that_draws_users() -> None:
+    given = outcome()
+    values = given.means["default"]["mae"]
+    owners = [np.flatnonzero(given.users == user) for user in np.unique(given.users)]
+    rng = np.random.default_rng(5)
+    draws = [
+        values[np.concatenate([owners[at] for at in rng.integers(len(owners), size=len(owners))])].mean()
+        for _ in range(4000)
+    ]
+    ours = found(given, draws=4000)["default", "mae", "all"]
+    assert [ours.low, ours.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+    alone = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=2).confidence_interval
+    assert ours.high - ours.low > 1.3 * (alone.high - alone.low)  # moments of a user go together
+
+
+def test_a_difference_is_paired_so_a_constant_one_has_no_width() -> None:
+    given = outcome()
+    values = given.means["default"]["mae"]
+    shifted = Outcome(given.users, frozenset(), {"default": {"mae": values}, "none": {"mae": values + 0.25}})
+    row = found(shifted)["default - none", "mae", "all"]
+    assert [row.value, row.low, row.high] == pytest.approx([-0.25] * 3)
+
+
+def test_the_best_baseline_is_best_in_the_sense_of_the_metric() -> None:
+    table = found(outcome())
+    assert ("default - strong", "mae", "all") in table  # the least error
+    assert ("default - strong", "hit", "all") in table  # the most hits
+    assert not [key for key in table if key[0] == "default - weak"]
+    value = table["default", "mae", "all"].value - table["strong", "mae", "all"].value
+    assert table["default - strong", "mae", "all"].value == pytest.approx(value)
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_other_intervals() -> None:
+    assert found(outcome()) == found(outcome())
+    one, other = found(outcome(), seed=0), found(outcome(), seed=1)
+    key = ("default", "mae", "all")
+    assert one[key].value == other[key].value
+    assert one[key].low != other[key].low
+
+
+def test_moments_an_arm_was_not_asked_at_do_not_count() -> None:
+    given = outcome()
+    some = given.means["default"]["mae"].copy()
+    some[::3] = np.nan
+    partial = Outcome(given.users, frozenset(), {"default": {"mae": some}, "none": given.means["none"]})
+    table = found(partial)
+    assert table["default", "mae", "all"].value == pytest.approx(np.nanmean(some))
+    assert table["default", "mae", "all"].n == (~np.isnan(some)).sum()
+    assert ("default - none", "mae", "all") not in table  # they are of different moments
+
+
+def test_a_pooled_statistic_gets_each_users_moments_as_often_as_the_user_was_drawn() -> None:
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(60), 5)
+    labels = rng.integers(0, 2, 300).astype(float)
+    predicted = labels + rng.normal(size=300)
+    given = Outcome(users, frozenset({"other"}), labels=labels, predictions={"default": predicted}, pooled={"auc": auc})
+    row = found(given, draws=1500)["default", "auc", "all"]
+    draws = []
+    for _ in range(1500):
+        chosen = (rng.integers(60, size=60)[:, None] * 5 + np.arange(5)).ravel()
+        draws.append(auc(labels[chosen], predicted[chosen], np.ones(300)))
+    assert row.value == pytest.approx(auc(labels, predicted, np.ones(300)))
+    assert [row.low, row.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.01)
+
+
+def test_draws_without_a_positive_do_not_spoil_the_interval() -> None:
+    labels = np.array([1.0, 0.0, 0.0, 0.0])
+    given = Outcome(np.arange(4), frozenset(), labels=labels, predictions={"default": labels}, pooled={"auc": auc})
+    row = found(given)["default", "auc", "all"]
+    assert [row.value, row.low, row.high] == [1.0, 1.0, 1.0]
+
+
+def test_a_baseline_without_a_figure_is_never_the_best() -> None:
+    users = np.arange(6)
+    labels = np.array([1.0, 0, 1, 0, 1, 0])
+    undefined = {"auc": lambda y, p, w: float("nan") if p[0] > 5 else auc(y, p, w)}
+    given = Outcome(
+        users,
+        frozenset({"broken", "fair"}),
+        labels=labels,
+        predictions={"default": labels, "broken": labels + 9, "fair": 1 - labels},
+        pooled=undefined,
+    )
+    assert ("default - fair", "auc", "all") in found(given)
+
+
+def report(folder: Path, facts: dict[str, object]) -> dict[str, object]:
+    given = [Row("default", "mae", "all", 0.5, float("nan"), 0.6, 3), Row("a<b", "mae", "all", 0.7, 0.6, 0.8, 3)]
+    made = Report("cold-start", "data", "", 1.2345, given, facts)
+    made.write(folder / "new" / "folder")
+    loaded: dict[str, object] = json.loads((folder / "new" / "folder" / "report.json").read_text())
+    return loaded
+
+
+def test_the_report_has_what_programs_read(tmp_path: Path) -> None:
+    loaded = report(tmp_path, {"note": "x"})
+    assert list(loaded) == ["protocol", "data", "release", "seconds", "rows", "facts"]
+    first = {"arm": "default", "metric": "mae", "slice": "all", "value": 0.5, "low": None, "high": 0.6, "n": 3}
+    assert loaded["rows"][0] == first  # type: ignore[index]
+
+
+def test_facts_that_json_has_no_word_for_are_written_all_the_same(tmp_path: Path) -> None:
+    facts = {"a": {"half_life": float("inf"), 3: np.int64(4)}, "b": (np.float32(0.5), float("nan")), "c": Path("x")}
+    loaded = report(tmp_path, facts)
+    assert loaded["facts"] == {"a": {"half_life": None, "3": 4}, "b": [0.5, None], "c": "x"}
+
+
+def test_the_page_escapes_what_it_is_given(tmp_path: Path) -> None:
+    report(tmp_path, {"<script>": "</pre><script>"})
+    page = (tmp_path / "new" / "folder" / "report.html").read_text()
+    assert "a&lt;b" in page
+    assert "</pre><script>" not in page
+
+
+def test_the_table_of_many_metrics_leaves_out_the_intervals() -> None:
+    def shown(metrics: int) -> str:
+        given = [Row("default", f"m{at}", "all", 0.5, 0.25, 0.75, 3) for at in range(metrics)]
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(Report("p", "d", "", 1.0, given, {}).table())
+        return console.export_text()
+
+    assert "0.2500" in shown(4)
+    assert "0.2500" not in shown(5)
+    assert "0.5000" in shown(5)

@@ -1,0 +1,329 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.baselines.sequence_scorers import (
+    Ease,
+    Ials,
+    Popularity,
+    Recents,
+    Transitions,
+    TransitionSettings,
+    VSknn,
+)
+from innerloop.evaluation.outcome import Outcome
+from innerloop.evaluation.protocols.sequence import BASELINES, _other_users, run
+from innerloop.evaluation.sequence_aggregation import Aggregation, Candidates, Describer, learn_aggregation
+from innerloop.evaluation.sequence_course import Course, Options
+from innerloop.evaluation.sequences import Sequences, read_sequences
+
+QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",))
+
+
+def sequences(*users: list[int], catalogue: int = 6) -> Sequences:
+    items = np.array([item for user in users for item in user], np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(user) for user in users])]).astype(np.int64)
+    return Sequences(items, starts, catalogue)
+
+
+def silent(_what: str, _share: float) -> None: ...
+
+
+def shop(*, users: int = 150, items: int = 40, seed: int = 3, repeats: bool = False) -> pl.DataFrame:
+    """Mostly the next item of a circle follows an item, sometimes a random one."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        own = [int(rng.integers(items))]
+        while len(own) < 3 + user % 6:
+            following = (own[-1] + 1) % items if rng.random() < 0.8 else int(rng.integers(items))
+            if repeats or following not in own:
+                own.append(own[-2] if repeats and len(own) > 1 and rng.random() < 0.7 else following)
+        rows += [(f"u{user}", position, f"i{item}") for position, item in enumerate(own)]
+    table = pl.DataFrame(rows, schema=["user_id", "position", "item_id"], orient="row")
+    return table.sample(fraction=1.0, shuffle=True, seed=seed)
+
+
+def written(table: pl.DataFrame, path: Path) -> Path:
+    table.write_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    data = written(shop(), tmp_path_factory.mktemp("sequence") / "shop.parquet")
+    return run(data, seed=0, tell=silent, options=QUICK)
+
+
+def test_items_are_read_in_the_order_of_their_positions(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": [7, 3, 7, 7], "position": [2, 0, 0, 1], "item_id": ["c", "a", "d", "b"]})
+    found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    assert found.lengths.tolist() == [1, 3]
+    assert found.items.tolist() == [0, 3, 1, 2]
+    assert found.catalogue == 4
+
+
+def test_a_time_serves_where_there_is_no_position_and_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": ["u"] * 3, "ts_ms": [1_600_000_000_000 + n for n in (5, 1, 3)], "item_id": "abc"})
+    table = table.with_columns(pl.Series("item_id", ["a", "b", "c"]))
+    table.write_csv(tmp_path / "x.csv")
+    assert read_sequences(tmp_path, seed=0).items.tolist() == [1, 2, 0]
+
+
+def test_items_at_one_position_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": ["u"] * 20, "position": [0] * 20, "item_id": list(range(20))})
+    path = written(table, tmp_path / "x.parquet")
+    orders = [read_sequences(path, seed=seed).items.tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (pl.DataFrame({"user_id": [1], "position": [0]}), "item_id"),
+        (pl.DataFrame({"user_id": [1], "item_id": [0]}), "event_time"),
+        (pl.DataFrame({"user_id": [1, 2], "position": [0, 0], "item_id": [1, 1]}), "no user with two items"),
+        (pl.DataFrame(schema={"user_id": pl.Int64, "position": pl.Int64, "item_id": pl.Int64}), "is empty"),
+        (pl.DataFrame({"user_id": [1, None], "position": [0, 1], "item_id": [1, 2]}), "without a usable user_id"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_a_sentence(
+    tmp_path: Path, table: pl.DataFrame, sentence: str
+) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+
+
+def test_a_missing_file_and_a_folder_of_several_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is not a file"):
+        read_sequences(tmp_path / "none.parquet", seed=0)
+    for name in ("a.parquet", "b.parquet"):
+        written(shop(users=2), tmp_path / name)
+    with pytest.raises(SettingsError, match="holds 2 files"):
+        read_sequences(tmp_path, seed=0)
+
+
+def test_the_last_items_are_cut_off_per_user() -> None:
+    cut = sequences([1, 2, 3], [4], [5, 0]).without_last(1)
+    assert cut.items.tolist() == [1, 2, 5]
+    assert cut.lengths.tolist() == [2, 0, 1]
+    assert cut.without_last(5).items.tolist() == []
+
+
+def test_users_are_taken_in_any_order() -> None:
+    taken = sequences([1, 2, 3], [4], [], [5, 0]).take(np.array([3, 2, 0]))
+    assert taken.items.tolist() == [5, 0, 1, 2, 3]
+    assert taken.lengths.tolist() == [2, 0, 3]
+
+
+def test_a_repeated_item_counts_where_it_is_newest() -> None:
+    assert sequences([1, 2, 1], [3]).matrix(0.5).toarray().tolist() == [[0, 1, 0.5, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+
+
+def test_histories_hold_the_newest_items_and_the_last_one_is_held_out() -> None:
+    found = sequences([1, 2, 3], [4], []).histories(2, hold_last=True)
+    assert found.items.tolist() == [[2, 3], [4, 0], [0, 0]]
+    assert found.lengths.tolist() == [2, 1, 0]
+    assert found.held.tolist() == [[False, True], [True, False], [False, False]]
+
+
+def test_transitions_are_the_sum_over_pairs_by_definition() -> None:
+    train = sequences([0, 1, 2, 0], [1, 2], [3], [2, 1])
+    settings = TransitionSettings(decay=0.5, backward=0.3, forget=0.6, from_power=0.5, to_power=0.25, window=2)
+    expected = np.zeros((6, 6))
+    for user in ([0, 1, 2, 0], [1, 2], [3], [2, 1]):
+        for first, earlier in enumerate(user):
+            for steps, later in enumerate(user[first + 1 : first + 3]):
+                expected[earlier, later] += 0.5**steps
+                expected[later, earlier] += 0.3 * 0.5**steps
+    counts = np.maximum(train.counts, 1)
+    expected = expected / counts[:, None] ** 0.5 / counts[None] ** 0.25
+    history = np.array([0.6, 0, 1.0, 0, 0, 0])
+    found = Transitions.learn(train, settings).scores(sequences([0, 2]))
+    np.testing.assert_allclose(found[0], history @ expected, rtol=1e-5)
+
+
+def test_ease_is_its_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    train = sequences(*(rng.permutation(6)[: rng.integers(2, 5)].tolist() for _ in range(30)))
+    owned = train.matrix().toarray().astype(float)
+    inverse = np.linalg.inv(owned.T @ owned + 2.0 * np.eye(6))
+    expected = -inverse / np.diag(inverse)
+    np.fill_diagonal(expected, 0.0)
+    found = Ease.learn(train, regularisation=2.0, forget=1.0)
+    assert found is not None
+    np.testing.assert_allclose(found.scores(sequences([1, 3])), (expected[1] + expected[3])[None], rtol=1e-3, atol=1e-5)
+
+
+def test_ease_is_left_out_for_a_catalogue_whose_inverse_would_not_fit() -> None:
+    assert Ease.learn(sequences([0, 1], catalogue=1_000_000), regularisation=1.0, forget=1.0) is None
+
+
+def test_neighbours_and_factors_find_the_group_that_a_history_belongs_to() -> None:
+    rng = np.random.default_rng(0)
+    users = [[int(item) + 10 * (user % 2) for item in rng.permutation(10)[:5]] for user in range(60)]
+    train = sequences(*users, catalogue=20)
+    for scorer in (VSknn.learn(train), Ials(train, dimension=4, seed=0)):
+        scores = scorer.scores(sequences([2, 5], [12, 15], catalogue=20))
+        assert scores[0, :10].mean() > scores[0, 10:].mean() + 1e-3
+        assert scores[1, 10:].mean() > scores[1, :10].mean() + 1e-3
+
+
+def test_popularity_ignores_and_recents_are_the_history() -> None:
+    train = sequences([1, 1, 2], [1, 3])
+    scores = Popularity.learn(train).scores(sequences([5], []))
+    assert scores[0].tolist() == scores[1].tolist()
+    assert scores[0].argmax() == 1
+    assert Recents().scores(sequences([4, 2, 3]))[0].argsort()[::-1][:3].tolist() == [3, 2, 4]
+
+
+class Fixed:
+    """The same scores whatever the history."""
+
+    def __init__(self, scores: list[list[float]]) -> None:
+        self.found = np.array(scores, np.float32)
+
+    def scores(self, _histories: Sequences) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return self.found.copy()
+
+
+def test_own_items_are_candidates_only_where_they_repeat() -> None:
+    scorers = {"a": Fixed([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])}
+    history = sequences([0, 1])
+    for repeats, expected in ((False, [2, 3, 4, 5]), (True, [0, 1, 2, 3, 4, 5])):
+        describer = Describer(scorers, logits=frozenset(), repeats=repeats)
+        found = describer.candidates(describer.scores(history), history.lengths)
+        assert found.items.tolist() == expected
+        assert found.features.shape == (len(expected), len(describer.features))
+        assert bool(np.isfinite(found.features).all())
+
+
+def test_a_logit_becomes_its_log_probability_over_what_may_be_ranked() -> None:
+    scorers = {"a": Fixed([[1.0, 2.0, 3.0, 0.0, -1.0, 9.0]])}
+    describer, history = Describer(scorers, logits=frozenset({"a"}), repeats=False), sequences([5])
+    found = describer.candidates(describer.scores(history), history.lengths)
+    probability = np.exp(found.features[:, describer.features.index("a log P")])
+    assert probability.sum() == pytest.approx(1.0, rel=1e-5)
+    assert found.features[2, describer.features.index("a rank")] == pytest.approx(1 / 3)
+
+
+def lesson(rng: np.random.Generator, moments: int) -> tuple[Candidates, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Feature 0 is where the target is high, feature 1 is noise."""
+    features = rng.normal(size=(moments * 10, 2)).astype(np.float32)
+    targets = rng.integers(10, size=moments)
+    features[np.arange(moments) * 10 + targets, 0] += 2.0
+    items, starts = np.tile(np.arange(10), moments), np.arange(moments + 1) * 10
+    return Candidates(items, starts, features), targets
+
+
+def test_the_aggregation_follows_what_foresees_and_not_the_noise() -> None:
+    rng = np.random.default_rng(0)
+    learned = learn_aggregation([lesson(rng, 200), lesson(rng, 200)], ["signal", "noise"])
+    assert learned.weights[0].item() > 10 * abs(learned.weights[1].item())
+    candidates, targets = lesson(rng, 500)
+    by_signal = np.mean(learned.ranks(candidates, targets, 99) == 1)
+    assert by_signal > 0.5
+
+
+def test_with_nothing_to_learn_from_the_aggregation_ranks_nothing_above_another() -> None:
+    candidates, targets = lesson(np.random.default_rng(0), 5)
+    for parts in ([], [(candidates, targets + 100)]):
+        learned = learn_aggregation(parts, ["signal", "noise"])
+        assert learned.ranks(candidates, targets, 99).tolist() == [10] * 5
+
+
+def test_a_target_ranks_behind_its_equals_and_last_of_all_when_it_is_no_candidate() -> None:
+    candidates, targets = lesson(np.random.default_rng(0), 3)
+    learned = learn_aggregation([lesson(np.random.default_rng(1), 50)], ["signal", "noise"])
+    tied = replace(candidates, features=np.zeros_like(candidates.features))
+    assert learned.ranks(tied, targets, 99).tolist() == [10] * 3
+    assert learned.ranks(candidates, targets + 50, 99).tolist() == [99] * 3
+    assert isinstance(learned, Aggregation)
+
+
+def test_everybody_is_given_somebody_elses_history() -> None:
+    others = _other_users(50, seed=0)
+    assert sorted(others) == list(range(50))
+    assert not bool((others == np.arange(50)).any())
+
+
+def test_every_arm_is_asked_at_every_user(judged: Outcome) -> None:
+    assert {"default", "none", "placebo", "bayes", *BASELINES} == set(judged.arms)
+    assert len(judged.users) == 150
+    for metrics in judged.means.values():
+        assert set(metrics) == {"hr@10", "hr@20", "ndcg@10"}
+        assert all(len(values) == 150 and not np.isnan(values).any() for values in metrics.values())
+
+
+def test_slices_by_support_divide_the_users(judged: Outcome) -> None:
+    assert sum(int(chosen.sum()) for chosen in judged.slices.values()) == 150
+    assert judged.slices["support 1-2"].sum() == 25
+
+
+def test_the_default_finds_the_rule_of_the_shop_and_another_users_history_does_not(judged: Outcome) -> None:
+    found = {arm: metrics["ndcg@10"].mean() for arm, metrics in judged.means.items()}
+    assert found["default"] > 0.5
+    assert found["default"] > found["popularity"] + 0.3
+    assert found["placebo"] < found["default"] - 0.3
+
+
+def test_the_popularity_arm_is_what_counting_says(judged: Outcome) -> None:
+    table = shop().sort("user_id", "position")
+    before = table.filter(pl.col("position") < pl.col("position").max().over("user_id"))
+    counts = dict(before.group_by("item_id").len().iter_rows())
+    hits = []
+    for user in sorted(table["user_id"].unique()):
+        own = before.filter(pl.col("user_id") == user)["item_id"].to_list()
+        target = table.filter(pl.col("user_id") == user)["item_id"][-1]
+        rivals = [item for item in table["item_id"].unique() if item not in own]
+        rank = sum(counts.get(item, 0) >= counts.get(target, 0) for item in rivals)
+        hits.append(target not in own and rank <= 10)
+    assert judged.means["popularity"]["hr@10"].tolist() == [float(hit) for hit in hits]
+
+
+def test_the_same_seed_gives_the_same_figures(judged: Outcome, tmp_path: Path) -> None:
+    again = run(written(shop(), tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
+    for arm, metrics in judged.means.items():
+        assert again.means[arm]["ndcg@10"].tolist() == metrics["ndcg@10"].tolist(), arm
+
+
+def test_nothing_is_learned_from_test_targets() -> None:
+    """Other last items leave every score of every history as it was."""
+    rng = np.random.default_rng(0)
+    users = [[int(i) for i in (rng.integers(20) + np.arange(3 + n % 4)) % 20] for n in range(60)]
+    changed = [[*user[:-1], (user[-1] + 9) % 20] for user in users]
+    scores = []
+    for version in (users, changed):
+        course = Course(sequences(*version, catalogue=20), QUICK, 0, silent)
+        course.learn()
+        histories = course.before.take(np.arange(30))
+        candidates = course.describer.candidates(course.describer.scores(histories), histories.lengths)
+        scores.append(course.aggregation(candidates))
+    assert scores[0].tolist() == scores[1].tolist()
+
+
+def test_own_items_are_ranked_where_the_shops_users_come_back_to_them(tmp_path: Path) -> None:
+    data = written(shop(repeats=True, users=80), tmp_path / "x.parquet")
+    outcome = run(data, seed=0, tell=silent, options=QUICK)
+    assert outcome.facts["own items"] == "ranked with the others"
+    assert outcome.means["recents"]["hr@10"].mean() > 0.3
+    assert outcome.means["default"]["hr@10"].mean() > 0.3
+
+
+def test_a_handful_of_users_is_enough_to_run(tmp_path: Path) -> None:
+    table = shop(users=3).vstack(pl.DataFrame({"user_id": ["z"], "position": [0], "item_id": ["i1"]}))
+    outcome = run(written(table, tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
+    assert len(outcome.users) == 3
+    assert outcome.facts["users with one item, not tested"] == 1
+
+
+def test_users_too_short_to_learn_from_are_a_sentence(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": [1, 1, 2, 2], "position": [0, 1, 0, 1], "item_id": [1, 2, 2, 1]})
+    with pytest.raises(SettingsError, match="give longer histories"):
+        run(written(table, tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)

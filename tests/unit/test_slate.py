@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from innerloop.errors import SettingsError
+from innerloop.evaluation.protocols import slate
+from innerloop.evaluation.scoreboard import rows
+from innerloop.evaluation.slate_features import Action, Layout, Population, Slate, features, price_ranks
+from innerloop.evaluation.slate_log import read_log
+from innerloop.evaluation.slate_replay import Replay
+
+_START = 1_750_000_000_000
+
+
+def _log(sessions: int = 120, seed: int = 0) -> pl.DataFrame:
+    """Users look at one of six shown items, then choose it mostly, else by a price taste of their own."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for session in range(sessions):
+        user, time = int(rng.integers(30)), _START + session * 600_000
+        shown = rng.permutation(40)[:6]
+        prices = rng.integers(20, 200, 6)
+        looked = int(shown[rng.integers(6)])
+        chosen = looked if rng.random() < 0.6 else int(shown[np.argmin(prices) if user % 2 else np.argmax(prices)])
+        common = {"user_id": user, "session_id": session, "platform": "AB"[user % 2], "device": "mobile"}
+        found += [
+            common | {"ts_ms": time, "step": 1, "action_type": "look", "item_id": looked},
+            common | {"ts_ms": time + 1000, "step": 2, "action_type": "filter", "item_id": None},
+            common
+            | {
+                "ts_ms": time + 2000,
+                "step": 3,
+                "action_type": "clickout item",
+                "item_id": chosen,
+                "impressions": shown.tolist(),
+                "prices": prices.tolist(),
+            },
+        ]
+    return pl.DataFrame(found, infer_schema_length=None)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    _log().write_parquet(tmp_path / "actions.parquet")
+    return tmp_path / "actions.parquet"
+
+
+def _tell(_what: str, _share: float) -> None: ...
+
+
+def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
+    found = slate.run(file, seed=0, tell=_tell)
+    assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
+    assert found.baselines <= set(found.arms)
+    assert len(found.users) == 60
+    for arm in found.arms:
+        assert found.means[arm]["mrr"].shape == (60,)
+        assert ((found.means[arm]["mrr"] > 0) & (found.means[arm]["mrr"] <= 1)).all()
+    figures = {(row.arm, row.metric): row.value for row in rows(found, draws=20) if row.slice == "all"}
+    assert figures["default", "mrr"] > figures["shown-order", "mrr"] + 0.2
+    assert figures["default", "gauc"] > figures["none", "gauc"]
+    assert figures["none", "mrr"] > figures["placebo", "mrr"] - 0.1
+
+
+def test_the_same_seed_gives_the_same_figures(file: Path) -> None:
+    first, again = (slate.run(file, seed=3, tell=_tell) for _ in range(2))
+    for arm in first.arms:
+        np.testing.assert_array_equal(first.means[arm]["mrr"], again.means[arm]["mrr"])
+
+
+def test_what_comes_later_changes_no_earlier_figure(tmp_path: Path) -> None:
+    """The second half of the scored part may be anything: the ranks before it stay."""
+    whole = _log()
+    cut = int(whole["ts_ms"].quantile(0.75, "nearest") or 0)
+    later = pl.col("ts_ms") > cut
+    changed = whole.with_columns(
+        pl.when(later & pl.col("impressions").is_null() & pl.col("item_id").is_not_null())
+        .then(pl.lit(7))
+        .otherwise(pl.col("item_id"))
+        .alias("item_id"),
+        pl.when(later).then(pl.lit("other")).otherwise(pl.col("action_type")).alias("action_type"),
+    )
+    results = []
+    for name, table in (("a", whole), ("b", changed)):
+        table.write_parquet(tmp_path / f"{name}.parquet")
+        results.append(slate.run(tmp_path / f"{name}.parquet", seed=0, tell=_tell))
+    before = int((whole.filter(pl.col("impressions").is_not_null())["ts_ms"] <= cut).sum()) - 60
+    assert before > 10
+    for arm in results[0].arms:
+        ours, theirs = (result.means[arm]["mrr"][:before] for result in results)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_csv_with_bars_between_the_impressions_gives_the_same(file: Path, tmp_path: Path) -> None:
+    bars = _log().with_columns(
+        pl.col("impressions").cast(pl.List(pl.String)).list.join("|"),
+        pl.col("prices").cast(pl.List(pl.String)).list.join("|"),
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    bars.write_csv(folder / "actions.csv")
+    first, again = (slate.run(path, seed=0, tell=_tell) for path in (file, folder))
+    np.testing.assert_array_equal(first.means["default"]["mrr"], again.means["default"]["mrr"])
+
+
+def test_only_what_must_be_there_must_be_there(tmp_path: Path) -> None:
+    _log().drop("prices", "platform", "device", "step").write_ndjson(tmp_path / "bare.jsonl")
+    assert len(slate.run(tmp_path / "bare.jsonl", seed=0, tell=_tell).users) == 60
+
+
+@pytest.mark.parametrize("missing", ["user_id", "session_id", "ts_ms", "action_type", "item_id", "impressions"])
+def test_a_missing_column_is_named(tmp_path: Path, missing: str) -> None:
+    _log(30).drop(missing).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(SettingsError, match=f"none named {missing}"):
+        slate.run(tmp_path / "x.parquet", seed=0, tell=_tell)
+
+
+def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="name a CSV"):
+        slate.run(tmp_path / "absent.parquet", seed=0, tell=_tell)
+    (tmp_path / "x.txt").write_text("a")
+    with pytest.raises(SettingsError, match="ends in none of"):
+        slate.run(tmp_path / "x.txt", seed=0, tell=_tell)
+    (tmp_path / "x.parquet").write_text("a")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        slate.run(tmp_path / "x.parquet", seed=0, tell=_tell)
+    _log(10).write_parquet(tmp_path / "few.parquet")
+    with pytest.raises(SettingsError, match="choices to train on"):
+        slate.run(tmp_path / "few.parquet", seed=0, tell=_tell)
+    _log(30).with_columns(impressions=pl.lit(None).cast(pl.List(pl.Int64))).write_parquet(tmp_path / "none.parquet")
+    with pytest.raises(SettingsError, match="no row with impressions"):
+        slate.run(tmp_path / "none.parquet", seed=0, tell=_tell)
+    _log(30).clear().write_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(SettingsError, match="no actions"):
+        slate.run(tmp_path / "empty.parquet", seed=0, tell=_tell)
+    _log(30).write_parquet(tmp_path / "fine.parquet")
+    with pytest.raises(SettingsError, match="between 0 and 1"):
+        slate.run(tmp_path / "fine.parquet", seed=0, tell=_tell, train_share=1.0)
+
+
+def test_actions_of_the_same_time_are_not_known_unless_an_earlier_step(tmp_path: Path) -> None:
+    table = _log(30).with_columns(pl.col("ts_ms") // 10_000 * 10_000)
+    table.write_parquet(tmp_path / "stepped.parquet")
+    table.drop("step").write_parquet(tmp_path / "unordered.parquet")
+    sizes = []
+    for name in ("stepped", "unordered"):
+        choices = list(Replay(read_log(tmp_path / f"{name}.parquet"), 0).choices())
+        sizes.append([sum(a.session == c.slate.session for a in c.history) for c in choices])
+    assert sizes == [[1] * 30, [0] * 30]
+
+
+def test_offsets_recency_and_counts_point_at_the_right_candidate() -> None:
+    layout = Layout([0, 1], [])
+    shown = Slate(10_000, 5, np.array([3, 4, 5, 6]), np.array([10.0, 30.0, 20.0, 40.0]), np.zeros(0, np.int64))
+    history = [Action(1_000, 5, 6, 0, chosen=True), Action(5_000, 5, 4, 1, chosen=False)]
+    found = features(layout, shown, history, Population())
+    assert found.shape == (4, layout.size)
+    starts = np.cumsum([0, *(width for _, width in layout.blocks)])
+    block = {name: found[:, a : a + w] for (name, w), a in zip(layout.blocks, starts, strict=False)}
+    assert block["recency"][:, 0].tolist() == [0, 1, 0, 0]
+    assert block["recency"][:, 1].tolist() == [0, 0, 0, 1]
+    assert block["last kind"].tolist() == [[0, 0], [0, 1], [0, 0], [0, 0]]
+    assert block["offset to the last"].argmax(1).tolist() == [4, 5, 6, 7]
+    assert block["offset to the last chosen"].argmax(1).tolist() == [2, 3, 4, 5]
+    assert block["price"][:, 1].tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1])
+    unknown = features(layout, shown, [], Population())
+    kept = layout.of_nobody
+    np.testing.assert_array_equal(found[:, kept], unknown[:, kept])
+    others = np.setdiff1d(np.arange(layout.size), kept)
+    assert np.abs(unknown[:, others]).max() == 0
+
+
+def test_unknown_prices_rank_in_the_middle() -> None:
+    assert price_ranks(np.array([1.0, np.nan])).tolist() == [0.5, 0.5]
+    assert price_ranks(np.array([5.0, 5.0, 1.0])).tolist() == [0.5, 0.5, 0.0]
+
+
+def test_gauc_weighs_lists_by_size_and_leaves_out_single_items() -> None:
+    assert slate.weighted_mean(np.array([2.0, 6.0]), np.array([0.0, 1.0]), np.ones(2)) == 0.75
+    assert np.isnan(slate.weighted_mean(np.zeros(1), np.zeros(1), np.ones(1)))
