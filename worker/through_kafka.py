@@ -123,7 +123,7 @@ class _Run:
         return Heard(ranks, {"moments": answered, "older_state": late / max(1, answered)})
 
     def _rank(self, row: int) -> tuple[int, bool]:
-        """The rank of a row's item on its user's list now, 0 if it isn't there; is the list of an older state?"""
+        """The rank of a row's item on its user's list, 0 if it isn't there; whether the list is of an older state."""
         log, record = self._log, self._records.get(self._log.user_ids[self._log.users[row]])
         if record is None or log.earlier[row] == log.first[row]:
             return -1, False

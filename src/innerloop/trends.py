@@ -29,6 +29,7 @@ POPULAR = 40
 NEIGHBOURS = 64
 """Places in an item's row of neighbours: who is beyond is forgotten, the least heavy first."""
 _STEP_WEIGHT = 0.7
+_AT_ONCE = 50_000  # events folded in together: bounds the memory that a warm-up takes
 _NEVER = np.iinfo(np.int64).max
 _RESCALE_AT = 40.0  # halvings: far below what float32 can hold
 
@@ -175,21 +176,29 @@ class CoVisits:
         match = self._neighbours[rows] == right[:, None]  # [P, K]
         there = match.any(1)
         self._sums[rows[there], match[there].argmax(1)] += summed[there]
-        fresh = rows[~there], self._least(rows[~there])
-        self._neighbours[fresh] = right[~there]
-        self._sums[fresh] = summed[~there]
+        self._admit(rows[~there], right[~there], summed[~there])
 
-    def _least(self, rows: Ints) -> Ints:
-        """For the n-th new neighbour of a row its n-th least heavy place, judged by the long half-life; rows sorted."""
+    def _admit(self, rows: Ints, neighbours: Ints, sums: Floats) -> None:
+        """Give new neighbours the places of less heavy ones, judged by the long half-life; `rows` are sorted.
+
+        The heaviest newcomer of a row gets a place in any case, or a full row would stay as it is for good. The others
+        have to be heavier than what they replace: many rare ones at once mustn't drive out those that are met often.
+        """
         if not len(rows):
-            return rows
+            return
+        weight = sums[:, 2:].sum(1)
+        order = np.lexsort((-weight, rows))
+        rows, neighbours, sums, weight = rows[order], neighbours[order], sums[order], weight[order]
         begins = np.concatenate(([True], rows[1:] != rows[:-1]))
         starts = np.flatnonzero(begins)
         nth = np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
-        weight = self._sums[rows[begins]][..., 2:].sum(-1)  # [R, K]
-        order = np.argsort(weight, 1, kind="stable")
-        least: Ints = order[np.cumsum(begins) - 1, nth % NEIGHBOURS]
-        return least
+        held = self._sums[rows[begins]][..., 2:].sum(-1)  # [R, K]
+        of_row, column = np.cumsum(begins) - 1, np.minimum(nth, NEIGHBOURS - 1)
+        place = np.argsort(held, 1, kind="stable")[of_row, column]
+        let_in = (nth == 0) | ((nth < NEIGHBOURS) & (weight > held[of_row, place]))
+        where = rows[let_in], place[let_in]
+        self._neighbours[where] = neighbours[let_in]
+        self._sums[where] = sums[let_in]
 
     def _rows_for(self, items: Ints) -> Ints:
         """Rows of sorted `items`, made where there is none."""
@@ -221,9 +230,9 @@ class Trends:
 
     def observe(self, activity: Activity) -> None:
         """Fold in events, `ACTIVITY` [N]."""
-        if not len(activity):
-            return
-        items, times = activity["item"].astype(np.int64), activity["time"]
-        self.popularity.observe(items, times)
-        self.co_visits.observe(items, activity["previous"].astype(np.int64), times)
-        self.newest = max(self.newest, int(times.max()))
+        for first in range(0, len(activity), _AT_ONCE):
+            some = activity[first : first + _AT_ONCE]
+            items, times = some["item"].astype(np.int64), some["time"]
+            self.popularity.observe(items, times)
+            self.co_visits.observe(items, some["previous"].astype(np.int64), times)
+            self.newest = max(self.newest, int(times.max()))

@@ -121,7 +121,7 @@ def test_what_was_learned_foretells(head: AdHead) -> None:
     columns, labels = _examples(500)
     logits = head.own_features(columns[300:])[:, 0]
     wins = (logits[labels[300:] == 1][:, None] > logits[labels[300:] == 0]).float().mean()
-    assert wins > 0.8
+    assert wins > 0.75
 
 
 def test_probabilities_are_some_and_a_users_do_not_depend_on_who_else_is_asked(head: AdHead) -> None:

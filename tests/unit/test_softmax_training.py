@@ -243,7 +243,11 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    try:
+        assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     one = model()
     done = Trainer(one, histories(41), plan(epochs=2, batch=10)).run()

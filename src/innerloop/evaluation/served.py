@@ -73,11 +73,8 @@ class Served:
         """The rank [Q] of each moment's item, by arm; -1 where an arm wasn't asked."""
         asked = np.zeros(len(rows), bool)
         asked[:: len(rows) // HEAD_MOMENTS + 1] = True
-        rng, replay, alone = (
-            np.random.default_rng(seed),
-            Replay(self._scorer, self._log),
-            Replay(self._alone, self._log),
-        )
+        rng = np.random.default_rng(seed)
+        replay, alone = Replay(self._scorer, self._log), Replay(self._alone, self._log)
         heads = self._school.heads(int(rows[0]), self._release)
         found: dict[str, Ints] = {}
         done, trained_at = 0, self._log.times[rows[0]]

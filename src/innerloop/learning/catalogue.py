@@ -1,6 +1,7 @@
 """The items and ads that can be scored now: the release's, and those that have appeared since."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,24 +17,28 @@ from innerloop.learning.releases import Release
 class Catalogue:
     """Vectors of N items under a release, on one device, and where each item number of the database is among them.
 
-    `keep` are items that stay at the places they have: what is counted by place outlives a release.
+    What the catalogue `before` knew of the database is known here too, and its items stay at their places: what is
+    counted by place outlives a release.
     """
 
-    def __init__(self, release: Release, device: torch.device, keep: Sequence[tuple[str, str | None]] = ()) -> None:
+    def __init__(self, release: Release, device: torch.device, before: Self | None = None) -> None:
         self.release, self.device = release, device
         self.head: Head = RESTORE[release.head.name]({name: t.to(device) for name, t in release.head.state().items()})
         self.item_ids: list[str] = []
         self._buffer: Tensor = release.item_vectors[:0].to(device)  # [>= N, d]
-        self.read_up_to = 0
-        """The items of the database have been read up to this number; some above it may be known too."""
         self._places: dict[str, int] = {}
-        self._place_of = np.full(1024, -1, np.int64)  # by item number
         self._category_numbers = {name: number for number, name in enumerate(release.encoder.categories)}
         self._categories = Categories(np.empty(0, np.int64))
+        self.read_up_to = 0
+        """The items of the database have been read up to this number; some above it may be known too."""
+        self._place_of = np.full(1024, -1, np.int64)  # by item number
         self.ad_ids: list[str] = []
         self._ad_places: list[int] = []
-        theirs = release.encoder.item_category_names()
-        self._append(list(dict.fromkeys([*keep, *zip(release.item_ids, theirs, strict=True)])))
+        if before is not None:
+            self._append(before.named())
+            self.read_up_to, self._place_of = before.read_up_to, before._place_of.copy()  # noqa: SLF001 - of its kind
+            self.ad_ids, self._ad_places = before.ad_ids, before._ad_places  # noqa: SLF001
+        self._append(list(zip(release.item_ids, release.encoder.item_category_names(), strict=True)))
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -46,8 +51,8 @@ class Catalogue:
     def categories(self) -> Categories:
         return self._categories
 
-    def kept(self) -> list[tuple[str, str | None]]:
-        """Every item with its category, in order of place: what the next catalogue keeps."""
+    def named(self) -> list[tuple[str, str | None]]:
+        """Every item with its category, in order of place."""
         names = [None, *self._category_numbers]
         return [(item, names[c + 1]) for item, c in zip(self.item_ids, self._categories.of_place.tolist(), strict=True)]
 

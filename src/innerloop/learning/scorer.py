@@ -43,7 +43,7 @@ class Scorer:
 
     def use(self, release: Release) -> None:
         """Score by another release from now on; items keep their places, and the trends go on."""
-        self.catalogue = Catalogue(release, self.catalogue.device, self.catalogue.kept())
+        self.catalogue = Catalogue(release, self.catalogue.device, self.catalogue)
 
     @property
     def method(self) -> str:
