@@ -34,8 +34,9 @@ import psutil
 from clicks import Clicks, Stored, send
 from cluster import Cluster, command, require_running, running_cluster, tail
 from ingest_limits import kafka_limit, postgres_limit, stored
-from ingest_peers import SCRIPTS, PeerError, measure
+from ingest_peers import SCRIPTS, measure
 from machine import CONSOLE, Report, describe, options
+from peer_environment import PeerError
 from psycopg2.extensions import cursor as Cursor  # noqa: N812 - it is a class
 
 from innerloop.config import load_settings

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,23 +13,17 @@ from pathlib import Path
 
 from clicks import Clicks
 from cluster import Cluster, stop, tail
-from machine import CONSOLE, ROOT
+from peer_environment import PEERS, PeerError, environment
 
 from innerloop.config import KafkaSettings
 from innerloop.streams.groups import members_with_partitions
 
-PEERS = Path(__file__).with_name("peers")
-ENVIRONMENTS = Path.home() / ".cache" / "innerloop" / "bench"
 SCRIPTS = {"faust": "faust_agent.py", "quix": "quix.py", "pathway": "pathway_subscriber.py"}
 _START_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
 
 
 _BATCH = 1_000  # what a peer at most commits at once
-
-
-class PeerError(Exception):
-    """A peer could not be measured; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +48,21 @@ def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processe
     reaches the peer's own code if that comes first, and stops after the last commit: start-up and imports are not
     counted. What its processes say they committed is compared with the table.
     """
-    python = _environment(peer)
+    python = environment(peer)
     log, errors = cluster.folder / f"{peer}.log", cluster.folder / f"{peer}.errors"
     with cluster.database() as database, closing(database.open()) as connection:
         cursor = connection.cursor()
         cursor.execute(_table())
-        environment = {
+        variables = {
             **os.environ,
             "BENCH_BROKER": cluster.bootstrap_servers,
             "BENCH_DATABASE": database.dsn,
             "BENCH_TOPIC": topic,
             "BENCH_GROUP": f"bench-{peer}-{uuid.uuid4().hex[:8]}",
         }
-        with _running(_commands(peer, python, processes), environment, log, errors) as running:
+        with _running(_commands(peer, python, processes), variables, log, errors) as running:
             peer_run = _PeerRun(running, log, errors)
-            began = peer_run.wait_started(cluster.settings(database).kafka, environment["BENCH_GROUP"])
+            began = peer_run.wait_started(cluster.settings(database).kafka, variables["BENCH_GROUP"])
             peer_run.wait_done(began + limit, len(clicks))
         cursor.execute("SELECT coalesce(sum(events), 0), coalesce(sum(cardinality(items)), 0) FROM peer_sets")
         events, examples = map(int, cursor.fetchone() or (0, 0))
@@ -83,26 +76,6 @@ def measure(peer: str, cluster: Cluster, clicks: Clicks, *, topic: str, processe
     seen = _started(log) or began
     began = min(began, seen)
     return Measured(sum(count for _, count in counted), max(at for at, _ in counted) - began, seen - began, examples)
-
-
-def _environment(peer: str) -> Path:
-    """The interpreter of the peer's environment, installed from its list when that has changed. Raises PeerError."""
-    folder, wanted = ENVIRONMENTS / peer, (PEERS / f"{peer}.txt").read_text()
-    stamp = folder / "installed.txt"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return folder / "bin" / "python"
-    CONSOLE.print(f"Installing {peer} into {folder}.")
-    uv = str(ROOT / ".venv" / "bin" / "uv")
-    requirements = str(PEERS / f"{peer}.txt")
-    for arguments in (
-        ["venv", "--quiet", "--clear", "--python", sys.executable, str(folder)],
-        ["pip", "install", "--quiet", "--python", str(folder), "-r", requirements],
-    ):
-        done = subprocess.run([uv, *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise PeerError(f"it cannot be installed: {done.stderr.strip()[-300:]}")
-    stamp.write_text(wanted)
-    return folder / "bin" / "python"
 
 
 def _table() -> str:

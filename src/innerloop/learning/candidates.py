@@ -7,6 +7,7 @@ candidate the same features are told, whichever source it came from.
 Everything is told as of the task's newest event, never as of the clock on the wall: the same state gives the same list.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,7 +136,7 @@ def gather(recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int) -> Ca
     tasks = len(now)
     sources: list[NDArray[np.integer]] = [
         recent.places,
-        near.reshape(tasks, -1),
+        near.reshape(tasks, math.prod(near.shape[1:])),
         np.broadcast_to(pool.popular, (tasks, len(pool.popular))),
         _in_category(recent, pool),
         liked,
@@ -184,14 +185,16 @@ def _in_category(recent: Recent, pool: Pool) -> Ints:
         if len(members) > POPULAR_IN_CATEGORY:
             members = members[np.argpartition(counts, -POPULAR_IN_CATEGORY)[-POPULAR_IN_CATEGORY:]]
         found[wanted == category, : len(members)] = members
-    return found.reshape(len(wanted), -1)
+    return found.reshape(len(wanted), math.prod(found.shape[1:]))
 
 
 def _near_features(near: NDArray[np.int32], shares: Floats, met: Ints, size: int) -> list[NDArray[np.float64]]:
     """Logarithms of how often others met the candidate near the task's newest items, and after the newest alone."""
     there = near >= 0
     back = np.arange(near.shape[1])
-    weights = (_LAST**back / (_LAST**back).sum())[None, :, None] * np.ones_like(near, np.float64)
+    # Of NEAR, not of how many the longest task here has: a task's list is its own, whoever is asked for with it.
+    whole = (_LAST ** np.arange(NEAR)).sum()
+    weights = (_LAST**back / whole)[None, :, None] * np.ones_like(near, np.float64)
     weights = weights[there]
     kinds = [np.bincount(met, weights * shares[..., kind][there], size) for kind in range(CoVisits.WEIGHTS)]
     last = np.broadcast_to((back == 0)[None, :, None], near.shape)[there]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import scipy.sparse
-import threadpoolctl  # type: ignore[import-untyped]
+import threadpoolctl
 from implicit.cpu.als import AlternatingLeastSquares
 from numpy.typing import NDArray
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+import threadpoolctl
 from numpy.typing import NDArray
 
 from innerloop.evaluation.outcome import Ints
@@ -131,15 +132,16 @@ class Ials:
     def __init__(self, train: Sequences, *, dimension: int, seed: int, iterations: int = 15) -> None:
         from implicit.cpu.als import AlternatingLeastSquares  # noqa: PLC0415 - loads slowly and only this arm needs it
 
-        self._model = AlternatingLeastSquares(
-            factors=dimension,
-            regularization=0.05,
-            alpha=40.0,
-            iterations=iterations,
-            random_state=seed,
-            num_threads=1,
-        )
-        self._model.fit(train.matrix(), show_progress=False)
+        with threadpoolctl.threadpool_limits(1, "blas"):  # the library asks for it
+            self._model = AlternatingLeastSquares(
+                factors=dimension,
+                regularization=0.05,
+                alpha=40.0,
+                iterations=iterations,
+                random_state=seed,
+                num_threads=1,
+            )
+            self._model.fit(train.matrix(), show_progress=False)
 
     def scores(self, histories: Sequences) -> Scores:
         users = self._model.recalculate_user(np.arange(len(histories)), histories.matrix())  # [B, d]

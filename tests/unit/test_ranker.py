@@ -1,0 +1,162 @@
+"""The ranker: what its lessons say of the candidates that weren't drawn, and that it learns a rule which is there."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop.learning import ranker as ranker_module
+from innerloop.learning.candidates import FEATURES, Candidates
+from innerloop.learning.ranker import Lesson, Ranker, join, learn_ranker, lesson
+
+F = len(FEATURES)
+
+
+def _candidates(sizes: list[int], seed: int = 0) -> Candidates:
+    """Task t has places 10, 11, ... and random features."""
+    starts = np.cumsum([0, *sizes])
+    places = np.concatenate([10 + np.arange(size) for size in sizes])
+    features = np.random.default_rng(seed).standard_normal((int(starts[-1]), F)).astype(np.float32)
+    return Candidates(starts, places, features)
+
+
+def _ranker(seed: int = 0) -> Ranker:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Ranker.new(torch.zeros(F), torch.ones(F))
+
+
+def _full_loss(ranker: Ranker, candidates: Candidates, target: list[int], weights: list[float]) -> float:
+    """The listwise loss over all candidates, said plainly."""
+    total = 0.0
+    for task, (place, weight) in enumerate(zip(target, weights, strict=True)):
+        own = slice(candidates.starts[task], candidates.starts[task + 1])
+        scores = ranker(torch.from_numpy(candidates.features[own])).double()
+        at = candidates.places[own].tolist().index(place)
+        total += weight * float(scores.logsumexp(0) - scores[at])
+    return total / sum(weights)
+
+
+def test_with_all_candidates_the_loss_is_the_weighted_softmax_cross_entropy() -> None:
+    candidates, target, weights = _candidates([5, 2, 60]), [12, 10, 69], [1.0, 4.0, 0.5]
+    taught = lesson(candidates, target, weights, np.random.default_rng(0))
+    assert len(taught) == 3
+    with torch.inference_mode():
+        assert float(taught.loss(_ranker())) == pytest.approx(_full_loss(_ranker(), candidates, target, weights), rel=1e-5)
+
+
+def test_a_sample_of_the_others_stands_for_all_of_them_without_bias() -> None:
+    """The sum of exp f over what was drawn, each as often as its offset says, has the mean of the sum over all."""
+    candidates, ranker = _candidates([ranker_module._NEGATIVES * 4]), _ranker()
+    with torch.inference_mode():
+        others = torch.from_numpy(candidates.features[1:])
+        whole = float(ranker(others).exp().sum())
+        found = []
+        for seed in range(300):
+            taught = lesson(candidates, [10], [1.0], np.random.default_rng(seed))
+            assert taught.features.shape == (1, 1 + ranker_module._NEGATIVES, F)
+            found.append(float((ranker(taught.features) + taught.offset)[0, 1:].exp().sum()))
+    assert np.mean(found) == pytest.approx(whole, rel=4 * np.std(found) / np.mean(found) / np.sqrt(len(found)))
+    assert np.std(found) / np.mean(found) < 0.1, "the test can tell"
+
+
+def test_the_item_that_came_next_is_first_and_never_among_the_others() -> None:
+    candidates = _candidates([400])
+    for seed in range(20):
+        taught = lesson(candidates, [77], [1.0], np.random.default_rng(seed))
+        own = torch.from_numpy(candidates.features[67])
+        assert torch.equal(taught.features[0, 0], own)
+        assert not (taught.features[0, 1:] == own).all(1).any()
+        assert float(taught.offset[0, 0]) == 0.0
+
+
+def test_moments_without_their_item_or_without_others_teach_nothing() -> None:
+    candidates = _candidates([5, 1, 3, 4])
+    taught = lesson(candidates, [99, 10, 11, -1], [1.0, 2.0, 3.0, 4.0], np.random.default_rng(0))
+    assert taught.weights.tolist() == [3.0]
+    none = lesson(_candidates([1]), [10], [1.0], np.random.default_rng(0))
+    assert len(none) == 0
+    assert len(join([none, taught, none])) == 1
+
+
+def _planted(count: int = 600, *, negatives: int = 12, seed: int = 0) -> Lesson:
+    """What came next is the one with the largest `head` minus twice the `own_log_age`; other features are noise."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, 1 + negatives, F, generator=generator) * torch.logspace(-2, 2, F) + 5
+    best = _rule(features).argmax(1)
+    rows = torch.arange(count)
+    first = features[:, 0].clone()
+    features[:, 0] = features[rows, best]
+    features[rows, best] = torch.where((best == 0).unsqueeze(1), features[:, 0], first)
+    return Lesson(features, torch.zeros(count, 1 + negatives), torch.ones(count))
+
+
+def _rule(features: Tensor) -> Tensor:
+    scale = torch.logspace(-2, 2, F)
+    at, less = FEATURES.index("head"), FEATURES.index("own_log_age")
+    rule: Tensor = (features[..., at] - 5) / scale[at] - 2 * (features[..., less] - 5) / scale[less]
+    return rule
+
+
+def _right(ranker: Ranker, lessons: Lesson) -> float:
+    """The share of moments whose item is ranked first."""
+    with torch.inference_mode():
+        return float((ranker(lessons.features).argmax(1) == 0).float().mean())
+
+
+def test_a_planted_rule_is_learned_whatever_the_features_scales() -> None:
+    test = _planted(seed=1)
+    learned = learn_ranker(_planted(2_000))
+    assert _right(learned, test) > 0.75 > 0.2 > _right(_ranker(), test)
+
+
+def test_the_same_seed_gives_the_same_ranker_and_leaves_the_worlds_chance_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (learn_ranker(_planted(200), epochs=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
+    assert any(not torch.equal(value, other.state()[name]) for name, value in first.state().items())
+
+
+def test_the_best_epoch_by_the_newest_moments_is_kept() -> None:
+    """The newest moments follow the opposite rule: every step is worse to them, so the first epoch is kept."""
+    lessons = _planted(400)
+    held = round(len(lessons) * ranker_module._HELD_OUT)
+    newest = lessons.features[-held:]
+    newest[:, [0, 1]] = newest[:, [1, 0]]
+    one, many = learn_ranker(lessons, epochs=1), learn_ranker(lessons, epochs=12)
+    with torch.inference_mode():
+        test = lessons[len(lessons) - held :]
+        assert float(test.loss(many)) <= float(test.loss(one)) + 1e-6
+
+
+def test_padding_teaches_nothing() -> None:
+    plain = _planted(300)
+    wide = Lesson(
+        torch.cat([plain.features, torch.full((300, 7, F), 1e6)], 1),
+        torch.cat([plain.offset, torch.full((300, 7), -torch.inf)], 1),
+        plain.weights,
+    )
+    learned, same = learn_ranker(plain, epochs=2), learn_ranker(wide, epochs=2)
+    for name, value in learned.state().items():
+        torch.testing.assert_close(same.state()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_what_never_moved_while_learning_says_nothing_later() -> None:
+    """A shop without purchases in its history must not have its lists turned over by the first one."""
+    lessons, at = _planted(300), FEATURES.index("own_bought")
+    lessons.features[..., at] = 0.0
+    learned = learn_ranker(lessons, epochs=2)
+    features = lessons.features[:1].clone()
+    features[..., at] = torch.rand(features.shape[:2])
+    with torch.inference_mode():
+        torch.testing.assert_close(learned(features), learned(lessons.features[:1]))
+
+
+def test_a_restored_ranker_says_the_same() -> None:
+    learned = learn_ranker(_planted(100), epochs=1)
+    features = torch.randn(7, 3, F)
+    with torch.inference_mode():
+        assert torch.equal(Ranker.restore(learned.state())(features), learned(features))
+        assert learned(features).shape == (7, 3)
+    assert not any(value.requires_grad for value in learned.state().values())
