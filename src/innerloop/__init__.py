@@ -5,6 +5,8 @@ The way of the data, and where each step is:
     events.py            one event record, decoded and checked
     ingest.py            a batch of them becomes support sets and adaptation requests
     support.py           the support set: capacity, order, deduplication
+    trends.py            what everybody does just now: live popularity, co-visits
+    activity.py          ingest tells adapt of it, through Postgres
     adapt.py             requests become score records
     scores.py            the messages out
     client.py            reading them, for downstream services

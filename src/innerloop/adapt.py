@@ -195,7 +195,7 @@ class Adapt:
                 if ad_ids:
                     ads = zip(scored.ads[row], scored.ad_scores[row], strict=True)
                     shown = [ScoredAd(ad_ids[place], ad_items[place], score) for place, score in ads]
-                    record = encode(AdScores(model="ads", ads=shown, **common))
+                    record = encode(AdScores(model="ads", ads=shown, kind=self._scorer.ads_kind, **common))
                     self._publisher.send(topics.ads, user, record, headers=mark, partition=partition)
         metrics.SCORES.labels("recommendations").inc(len(users))
         metrics.SCORES.labels("ads").inc(len(users) if ad_ids else 0)

@@ -115,6 +115,8 @@ class AdaptSettings(_Section):
     """An ad is a candidate for this long after its newest event."""
     refresh_seconds: Seconds = 1.0
     """How often new items, ads and releases are looked for."""
+    index_above: Positive = 20_000
+    """With more items than this what a linear head likes best is found on a CPU by an index, which misses some 3%."""
 
 
 class LearningSettings(_Section):

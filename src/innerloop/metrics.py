@@ -12,7 +12,7 @@ ADAPTED = Counter("innerloop_tasks_adapted", "Users whose scores were computed a
 SCORES = Counter("innerloop_scores", "Score records published, by model", ["model"])
 REPAIRS = Counter("innerloop_score_repairs", "Users adapted again over a stranger's record on a score topic")
 # Seconds in each step of a batch: poll, decode, database, merge, publish, read, trends, solve, score (the head over the
-# catalogue), candidates, rank, encode.
+# catalogue), candidates, rank, ads, encode.
 STEP_SECONDS = Histogram("innerloop_step_seconds", "Time of one step of one batch", ["step"], buckets=_STEPS)
 BATCH_SIZE = Histogram("innerloop_batch_records", "Records in one batch", buckets=tuple(4**n for n in range(10)))
 CONFLICTS = Counter("innerloop_support_conflicts", "Batches merged again because a user had another writer")

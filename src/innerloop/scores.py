@@ -6,6 +6,7 @@ import msgspec
 
 Identifier = Annotated[str, msgspec.Meta(min_length=1)]
 Model = Literal["recommendations", "ads"]
+AdsKind = Literal["purchase_given_click", "ranking"]
 
 
 class AdaptationRequest(msgspec.Struct, frozen=True, gc=False):
@@ -58,6 +59,12 @@ class RecommendationScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
 
 
 class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
-    """One user's active ads, best first. The score ranks; it is not a probability of a click."""
+    """One user's active ads, best first.
+
+    With the kind `purchase_given_click` a score is the calibrated probability that a click on the ad, made right after
+    the user's newest event, is followed by a purchase of its item within 24 hours. Else it only ranks. It is never the
+    probability of a click: without impressions that can't be known.
+    """
 
     ads: list[ScoredAd]
+    kind: AdsKind = "ranking"

@@ -33,7 +33,7 @@ import torch
 from cluster import running_cluster
 from machine import Report, describe, options
 from prometheus_client import REGISTRY
-from random_release import random_release
+from random_release import random_release, with_ranker
 from sqlalchemy import Engine, text
 
 from innerloop.adapt import Adapt
@@ -46,9 +46,11 @@ from innerloop.scores import RecommendationScores
 from innerloop.store import items, releases, support_sets
 from innerloop.store.database import connect, transaction
 from innerloop.support import EXAMPLE, SupportSets
+from innerloop.trends import ACTIVITY, PREVIOUS, Activity
 
 _UNIT = "users/s"
 _AT_ONCE = 1_024
+_ACTIVITY = 200 * _AT_ONCE
 _STEPS = ("read", "solve", "score", "candidates", "rank", "encode", "publish")
 _TOLERANCE = 1e-3
 _SAMPLE = 50
@@ -96,6 +98,13 @@ class Bench:
             users = run()
             rates.append(users / (time.perf_counter() - began))
         return rates
+
+    def rank(self) -> None:
+        """From now on lists are ranked: a ranker, and a stream of activity to find candidates in."""
+        scorer = self.adapt._scorer
+        scorer.use(with_ranker(self.release))
+        for first in range(0, _ACTIVITY, _AT_ONCE):
+            scorer.observe(_random_activity(first, len(self.release.item_ids)))
 
     def batched(self) -> int:
         for first in range(0, len(self.users), self.batch):
@@ -182,6 +191,15 @@ def _measure(report: Report, bench: Bench, asked: argparse.Namespace, top: int) 
     rates = bench.rate(lambda: bench.one_by_one(asked.single))
     _require_equal(batched, _lists(bench.kept.records), min(asked.single, asked.users))
     report.add_median("adapt.one_by_one", rates, _UNIT, f"{asked.single:,} users, one a call")
+    bench.rank()
+    before = _seconds()
+    rates = bench.rate(bench.batched)
+    spent = {step: seconds - before[step] for step, seconds in _seconds().items()}
+    report.add_median("adapt.ranked", rates, _UNIT, f"candidates from five sources, {_ACTIVITY:,} events of activity")
+    for step in _STEPS:
+        report.add(f"adapt.ranked.{step}_us", spent[step] * 1e6 / (asked.users * (asked.repeats + 1)), "us/user")
+    rates = bench.rate(lambda: bench.one_by_one(asked.single))
+    report.add_median("adapt.ranked_one_by_one", rates, _UNIT, f"{asked.single:,} users, one a call")
     report.add_median("adapt.solve_only", bench.rate(bench.solve_only()), _UNIT, f"{asked.examples} examples a user")
     report.add_median("adapt.score_only", bench.rate(bench.score_only(top)), _UNIT, f"top {top} of {asked.items:,}")
 
@@ -196,6 +214,16 @@ def _random_sets(users: int, examples: int, catalogue: int) -> SupportSets:
     flat["item"] = rng.integers(1, catalogue + 1, len(flat))
     flat["weight"], flat["type"] = 1.0, 1
     return SupportSets(np.arange(users + 1, dtype=np.int64) * examples, flat)
+
+
+def _random_activity(first: int, items: int) -> Activity:
+    """`_AT_ONCE` events a second apart, on items by Zipf's law, each after three others."""
+    rng = np.random.default_rng(first)
+    told = np.zeros(_AT_ONCE, ACTIVITY)
+    told["time"] = _NEWEST_MS - 1000 * (_ACTIVITY - first - np.arange(_AT_ONCE))
+    told["item"] = 1 + rng.zipf(1.2, _AT_ONCE) % items
+    told["previous"] = 1 + rng.zipf(1.2, (_AT_ONCE, PREVIOUS)) % items
+    return told
 
 
 def _part(sets: SupportSets, first: int) -> SupportSets:

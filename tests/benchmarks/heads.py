@@ -13,6 +13,8 @@ heads.<method>.<users>.cuda        the same on a GPU, where there is one; `.of_f
                                    reading the examples and writing the parameters once (at the bandwidth of a large
                                    copy) or the multiply-adds (at the rate of a large float32 product) take at least,
                                    whichever is more
+score.*                            scoring large catalogues, exactly and by an index: see score.py; `--items` without a
+                                   number leaves it out
 
 Verified: some users adapted alone get the same parameters to 1e-3; every user's network is that of learn2learn to 1e-3.
 """
@@ -32,6 +34,8 @@ import numpy as np
 import torch
 from machine import CONSOLE, Report, describe, options
 from peer_environment import PEERS, PeerError, environment
+from score import add_options as add_scoring_options
+from score import measure_scoring
 
 from innerloop.learning.devices import use_threads
 from innerloop.learning.heads import (
@@ -75,6 +79,7 @@ def main() -> int:
             _measure_cuda(report, heads, support, asked)
         else:
             CONSOLE.print("CUDA: not run, this machine has none.")
+        measure_scoring(report, asked)
     return report.finish(asked.json)
 
 
@@ -86,6 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves it to torch")
     parser.add_argument("--no-peer", action="store_true", help="leave learn2learn out")
+    add_scoring_options(parser)
     return parser.parse_args()
 
 

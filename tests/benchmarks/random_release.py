@@ -1,12 +1,23 @@
 """A release of random vectors: scoring costs the same whatever the numbers mean, so nothing is trained."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
 
+from innerloop.learning.candidates import FEATURES
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads.bayes import BayesHead
+from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Card, DataSummary, Release
+
+
+def with_ranker(release: Release) -> Release:
+    """The same with an untaught ranker, frozen as a taught one is."""
+    torch.manual_seed(0)
+    ranker = Ranker.new(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)))
+    ranker.network.requires_grad_(requires_grad=False)
+    return replace(release, ranker=ranker)
 
 
 def random_release(items: int, dimension: int, seed: int = 0) -> Release:

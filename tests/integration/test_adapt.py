@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +29,13 @@ from innerloop import metrics
 from innerloop.adapt import Adapt
 from innerloop.config import AdaptSettings, KafkaSettings, Settings
 from innerloop.errors import RetryError, ServiceError, StopError
+from innerloop.learning.candidates import FEATURES
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead
+from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Card, DataSummary, Release, save
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores
-from innerloop.store import items, support_sets
+from innerloop.store import activity, items, support_sets
 from innerloop.store.database import Database, connect, transaction
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
@@ -41,6 +43,7 @@ from innerloop.streams.publisher import Headers
 from innerloop.streams.topics import ensure_topics
 from innerloop.streams.watch import OWNER_HEADER
 from innerloop.support import EXAMPLE, SupportSets
+from innerloop.trends import ACTIVITY
 from innerloop.worker import processes
 from innerloop.worker.train import register
 
@@ -149,7 +152,9 @@ class World:
         vectors = torch.randn(ITEMS, DIMENSION, generator=draw)
         root = torch.randn(DIMENSION, DIMENSION, generator=draw).tril() * 0.3 + torch.eye(DIMENSION)
         head = BayesHead(torch.randn(DIMENSION, generator=draw), root, NOISE, HALF_LIFE)
-        encoder = Encoder([f"i{n}" for n in range(ITEMS)], vectors, [], torch.zeros(0, DIMENSION - 2), torch.full((ITEMS,), -1))
+        encoder = Encoder(
+            [f"i{n}" for n in range(ITEMS)], vectors, [], torch.zeros(0, DIMENSION - 2), torch.full((ITEMS,), -1)
+        )
         data = DataSummary(events=1, users=1, items=ITEMS, first_event_time=0, last_event_time=1)
         card = Card(version, "2026-01-01T00:00:00Z", "bayes", DIMENSION, data, {}, {}, "0")
         release = Release(card, encoder, head)
@@ -379,6 +384,89 @@ def test_new_items_and_releases_come_in_without_a_restart(world: World) -> None:
         time.sleep(0.6)
         world.give("u", examples)
         assert world.ask_and_read("u").model_version == 4
+
+
+def _tell(world: World, names: Sequence[str], before: Sequence[str] = ()) -> None:
+    """What ingest would tell of events with these items, each after the items `before` it."""
+    numbers = items.ItemNumbers(world.engine).intern([*names, *before], {})
+    piece = np.zeros(len(names), ACTIVITY)
+    piece["item"], piece["time"], piece["type"], piece["previous"] = numbers[: len(names)], NOW, 1, -1
+    for step, number in enumerate(numbers[len(names) :]):
+        piece["previous"][:, step] = number
+    with transaction(world.engine) as connection:
+        activity.append(connection, piece)
+
+
+def _by_popularity() -> Ranker:
+    """A ranker that goes by the live share of events alone."""
+    ranker = Ranker.new(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)))
+    with torch.no_grad():
+        for layer in ranker.network:
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.zero_()
+                layer.weight[0, 0] = 1.0
+                layer.bias.fill_(20.0)  # logarithms are negative: kept above where the units are cut off
+    ranker.network.requires_grad_(requires_grad=False)
+    return ranker
+
+
+def _register_ranked(world: World, version: int, seed: int = 0) -> None:
+    release, _ = world.release(version, seed)
+    release = replace(release, ranker=_by_popularity())
+    register(world.settings, world.engine, release, save(release, world.folder))
+
+
+def _listed(world: World, until: Callable[[RecommendationScores], bool]) -> RecommendationScores:
+    """The user's list as soon as it is so: refreshes come by themselves."""
+
+    def look() -> RecommendationScores | None:
+        world.give("u", [("i1", 1.0, 0)])
+        record = world.ask_and_read("u")
+        return record if until(record) else None
+
+    return wait_for(look)
+
+
+def _names(record: RecommendationScores) -> list[str]:
+    return [each.item_id for each in record.items]
+
+
+def test_what_everybody_does_comes_in_at_every_refresh_and_outlives_a_release(world: World) -> None:
+    _register_ranked(world, 2)
+    _tell(world, ["i30"] * 5 + ["i31"] * 3)  # before the start: read as a warm-up
+    with running(with_adapt(world.settings, top=3)):
+        record = _listed(world, lambda _record: True)
+        assert (record.model_version, record.method, record.trends_version) == (2, "bayes+ranker", 1)
+        assert _names(record)[:2] == ["i30", "i31"]
+        assert sum(each.score for each in record.items) <= 1.0
+        _tell(world, ["i31"] * 10 + ["never heard of"] * 6)
+        record = _listed(world, lambda record: record.trends_version == 2)
+        assert _names(record) == ["i31", "never heard of", "i30"]
+        _register_ranked(world, 3, seed=1)
+        record = _listed(world, lambda record: record.model_version == 3)
+        assert record.trends_version == 2
+        assert _names(record) == ["i31", "never heard of", "i30"], "counts and places go on under another release"
+        _tell(world, ["i30"] * 20)
+        record = _listed(world, lambda record: record.trends_version == 3)
+        assert _names(record) == ["i30", "i31", "never heard of"]
+
+
+def test_a_piece_whose_writer_was_slow_counts_once(world: World) -> None:
+    _register_ranked(world, 2)
+    with running(with_adapt(world.settings, top=2)), world.engine.connect() as slow:
+        numbers = items.ItemNumbers(world.engine).intern(["i20", "i21"], {})
+        piece = np.zeros(3, ACTIVITY)
+        piece["item"], piece["time"], piece["previous"] = numbers[0], NOW, -1
+        with slow.begin():
+            activity.append(slow, piece)
+            _tell(world, ["i21"] * 5)
+            record = _listed(world, lambda record: record.trends_version == 2)
+            assert _names(record)[0] == "i21"
+        assert _names(_listed(world, lambda record: "i20" in _names(record))) == ["i21", "i20"]
+        for version in range(3, 5):  # every refresh looks back: three of i20 would become more than five
+            _tell(world, ["i1"])
+            _listed(world, lambda record: record.trends_version == version)  # noqa: B023
+        assert _names(_listed(world, lambda _record: True)) == ["i21", "i20"]
 
 
 def test_an_item_met_early_does_not_hide_those_numbered_below_it(world: World) -> None:

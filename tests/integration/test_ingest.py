@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 import pytest
 import xxhash
 from confluent_kafka import Message, Producer, TopicPartition
@@ -24,7 +25,7 @@ from sqlalchemy import text
 
 from innerloop import ingest as ingest_module
 from innerloop import metrics
-from innerloop.config import DatabaseSettings, IngestSettings, KafkaSettings, Settings, SupportSettings
+from innerloop.config import DatabaseSettings, IngestSettings, KafkaSettings, Settings, SupportSettings, TrendsSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.events import Event
 from innerloop.ingest import Ingest
@@ -37,6 +38,7 @@ from innerloop.streams import clients
 from innerloop.streams.loop import Loop
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics, topic_ids
+from innerloop.trends import ACTIVITY
 from innerloop.worker.services import Services, running_services
 
 SECONDS = 30.0
@@ -569,6 +571,91 @@ def test_a_database_set_back_is_brought_forward(small: Settings) -> None:
     engine.dispose()
     assert run(small) == 100
     check(small, events)
+
+
+# --- what everybody does
+
+
+def told(settings: Settings) -> list[tuple[int, str, int]]:
+    """(time, item, type) of all activity that was written, sorted."""
+    items = {row.item_no: row.item_id for row in query(settings, "SELECT item_no, item_id FROM items")}
+    pieces = [bytes(row.packed) for row in query(settings, "SELECT packed FROM activity ORDER BY number")]
+    found = np.frombuffer(b"".join(pieces), ACTIVITY)
+    return sorted((int(each["time"]), items[int(each["item"])], int(each["type"])) for each in found)
+
+
+def distinct(events: list[Sent]) -> list[tuple[int, str, int]]:
+    by_id = {event["event_id"]: event for event in events}.values()
+    return sorted((event["event_time"], event["item_id"], CODES[event["event_type"]][0]) for event in by_id)
+
+
+def telling(settings: Settings, *, capacity: int = 1_000) -> Settings:
+    """Activity is written at the first chance, and no event falls out of its set before."""
+    return settings.model_copy(
+        update={"trends": TrendsSettings(every_seconds=0.05), "support": SupportSettings(capacity=capacity)}
+    )
+
+
+def test_every_stored_event_is_told_once_and_no_duplicate(small: Settings) -> None:
+    small, events = telling(small), events_of(300)
+    send(small, events)
+    send(small, events[:100])
+    with Member(small) as member:
+        member.caught_up()
+        until(lambda: member.error is not None or len(told(small)) >= 300, "the last is told when nothing follows")
+        send(small, events[50:150])
+        member.caught_up()
+        member.has_handled(500)
+        time.sleep(0.3)
+    assert told(small) == distinct(events)
+
+
+def test_what_is_too_late_for_a_set_is_not_told(small: Settings) -> None:
+    small, events = telling(small, capacity=CAPACITY), events_of(200, users=2)
+    send(small, events)
+    late = [{**event, "event_id": f"late{n}", "event_time": n + 1} for n, event in enumerate(events[:20])]
+    with Member(small) as member:
+        member.caught_up()
+        send(small, late)
+        member.caught_up()
+        until(lambda: member.error is not None or not member.ingest._activity._pending, "not told")
+    assert told(small)
+    assert not {time for time, _, _ in told(small)} & {event["event_time"] for event in late}
+
+
+@pytest.mark.parametrize("happened", [True, False])
+def test_activity_of_a_transaction_that_failed_is_told_later_and_not_twice(
+    small: Settings, monkeypatch: pytest.MonkeyPatch, *, happened: bool
+) -> None:
+    """A commit of which nobody knows may lose or repeat a batch's statistics; a rollback costs nothing."""
+    small, events = telling(small), events_of(400)
+    send(small, events)
+    with monkeypatch.context() as patch:
+        _transaction(3, RetryError, after=happened)(patch)
+        with Member(small) as member:
+            member.caught_up()
+            until(lambda: member.error is not None or not member.ingest._activity._pending, "not told")
+            time.sleep(0.3)
+    run(small)
+    check(small, events)
+    found, expected = Counter(told(small)), Counter(distinct(events))
+    if happened:
+        assert found.total() <= expected.total() + 2 * BATCH
+        assert (expected - found).total() <= BATCH
+    else:
+        assert found == expected
+
+
+def test_items_are_interned_with_the_category_of_their_first_events(small: Settings) -> None:
+    events = events_of(60)
+    for event in events:
+        if event["item_id"] != "i7":
+            event["category"] = f"of {event['item_id']}"
+    send(small, events)
+    run(small)
+    rows = query(small, "SELECT item_id, category FROM items")
+    assert len(rows) == len({event["item_id"] for event in events})
+    assert all(row.category == (None if row.item_id == "i7" else f"of {row.item_id}") for row in rows)
 
 
 # --- crashes

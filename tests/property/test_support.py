@@ -122,6 +122,23 @@ def test_every_event_is_stored_or_a_duplicate_or_too_late(
     assert plain(merged.sets) == newest(before + events, capacity)
 
 
+@settings(max_examples=300)
+@given(histories(), histories(), capacities)
+def test_fresh_are_the_examples_that_this_merge_brought(
+    before: list[Plain], events: list[Plain], capacity: int
+) -> None:
+    content = {(task, hashed): (time, item) for task, time, hashed, item in reversed(before)}
+    events = [(task, *_content(content, task, hashed, time, item)) for task, time, hashed, item in events]
+    stored = after([before], capacity)
+    merged = merge(stored, tasks_of(events), examples(events), capacity)
+    held = [{hashed for _, hashed, _ in rows} for rows in plain(stored)]
+    expected = [hashed not in held[task] for task, rows in enumerate(plain(merged.sets)) for _, hashed, _ in rows]
+    assert merged.fresh.dtype == bool
+    assert merged.fresh.tolist() == expected
+    again = merge(merged.sets, tasks_of(events), examples(events), capacity)
+    assert not again.fresh.any(), "what is redelivered is told once"
+
+
 @given(histories(), histories(), capacities)
 def test_a_merge_leaves_its_arguments_as_they_were(before: list[Plain], events: list[Plain], capacity: int) -> None:
     stored = after([before], capacity)

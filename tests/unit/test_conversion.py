@@ -5,11 +5,12 @@ import polars as pl
 import pytest
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.conversion_log import Histories, content_prior, known_counts, population, read_log
+from innerloop.evaluation.conversion_log import read_log
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import auc, calibration_error
 from innerloop.evaluation.protocols import conversion
 from innerloop.evaluation.scoreboard import rows
+from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, population
 
 _START, _HOUR, _DAY = 1_750_000_000_000, 3_600_000, 86_400_000
 

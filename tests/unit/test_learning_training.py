@@ -1,20 +1,24 @@
 """Training on a small synthetic shop, and releases written and read back."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import safetensors.torch
 import torch
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.shop import Process, Shop
-from innerloop.learning.episodes import log_of
-from innerloop.learning.heads import NoneHead
+from innerloop.learning.episodes import episodes_of, log_of
+from innerloop.learning.heads import META_TRAIN, Head, NoneHead
+from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Release, load, save
-from innerloop.learning.training import hit_rate, ranks_of, train
+from innerloop.learning.training import hit_rate, ranks_of, teach_heads, train
 
 WEIGHTS = {"click": 1.0, "purchase": 4.0}
 
@@ -82,7 +86,7 @@ def test_progress_grows_to_one() -> None:
 def test_too_little_history_and_unknown_methods_are_refused() -> None:
     with pytest.raises(SettingsError, match="has 50 events"):
         _train(_shop()[0].head(50))
-    with pytest.raises(SettingsError, match="choose one of bayes, none"):
+    with pytest.raises(SettingsError, match=r"choose one of bayes, .*none"):
         _train(_shop()[0], method="magic")
 
 
@@ -129,3 +133,114 @@ def test_a_directory_that_cannot_be_made_is_said(release: Release, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
         save(release, tmp_path / "file" / "releases")
+
+
+# --- the ranker and the categories of a release
+
+
+def test_the_ranker_and_the_categories_are_what_was_saved(release: Release, tmp_path: Path) -> None:
+    loaded = load(save(release, tmp_path))
+    assert release.ranker is not None
+    assert loaded.ranker is not None
+    features = torch.randn(5, len(release.ranker.mean))
+    with torch.inference_mode():
+        assert torch.equal(loaded.ranker(features), release.ranker(features))
+    names = release.encoder.item_category_names()
+    assert loaded.encoder.item_category_names() == names
+    newest = dict(_shop()[0].group_by("item_id").agg(pl.col("category").last()).iter_rows())
+    assert names == [newest[item] for item in release.item_ids]
+
+
+def test_the_same_history_gives_the_same_ranker(release: Release) -> None:
+    again = _train(_shop()[0]).ranker
+    assert again is not None
+    assert release.ranker is not None
+    assert all(torch.equal(value, again.state()[name]) for name, value in release.ranker.state().items())
+    assert 0.3 < release.card.metrics["list_candidate_recall"] <= 1.0
+
+
+def _with_ranker(release: Release, **changes: torch.Tensor) -> Release:
+    assert release.ranker is not None
+    return replace(release, ranker=Ranker.restore(release.ranker.state() | changes))
+
+
+def test_a_ranker_that_does_not_fit_is_refused_in_one_sentence(release: Release, tmp_path: Path) -> None:
+    assert release.ranker is not None
+    state = release.ranker.state()
+    fewer = {"mean": state["mean"][1:], "scale": state["scale"][1:], "0.weight": state["0.weight"][:, 1:]}
+    broken = {"4.bias": torch.full_like(state["4.bias"], torch.nan)}
+    for changes in (fewer, broken, {"scale": torch.full_like(state["scale"], torch.inf)}):
+        path = save(_with_ranker(release, **changes), tmp_path)
+        with pytest.raises(SettingsError, match=r"of its ranker that are not finite float32.*train it again"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop("item_categories"), "is no release that this version can read"),
+        (lambda t: t.update(item_categories=t["item_categories"][:-1].clone()), "has categories of items"),
+        (lambda t: t.update(item_categories=t["item_categories"] + 10_000), "has categories of items"),
+        (lambda t: t.pop("ranker.0.weight"), "is no release that this version can read"),
+        (lambda t: t.pop("ranker.mean"), "is no release that this version can read"),
+        (lambda t: t.update({"ranker.0.weight": t["ranker.0.weight"][:1].clone()}), "is no release that this"),
+    ],
+)
+def test_a_release_put_together_wrongly_is_refused(release: Release, tmp_path: Path, change, says: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    path = save(release, tmp_path)
+    tensors = safetensors.torch.load(path.with_suffix(".safetensors").read_bytes())
+    change(tensors)
+    content = safetensors.torch.save(tensors)
+    path.with_suffix(".safetensors").write_bytes(content)
+    _edit(path, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(SettingsError, match=says):
+        load(path)
+
+
+@pytest.fixture(scope="module")
+def heads(release: Release) -> dict[str, Head]:
+    settings = LearningSettings(dimension=16, method="bayes")
+    return teach_heads(_shop()[0], release, settings=settings, weights=WEIGHTS, capacity=16)
+
+
+def test_every_head_is_taught_over_the_releases_vectors(release: Release, heads: dict[str, Head]) -> None:
+    assert set(heads) == {"bayes", *META_TRAIN} - {"none"}
+    assert heads["bayes"] is release.head
+    log = log_of(_shop()[0], WEIGHTS, release.item_ids)
+    support = log.support(torch.arange(50, 60), release.item_vectors, 16)
+    for name, head in heads.items():
+        scores = head.score(head.adapt(support), release.item_vectors)
+        assert scores.shape == (10, len(release.item_ids)), name
+        assert bool(scores.isfinite().all()), name
+
+
+def test_episodes_ask_for_what_came_next_among_items_drawn_as_often_as_they_are_met(release: Release) -> None:
+    log = log_of(_shop()[0], WEIGHTS, release.item_ids)
+    rows = torch.arange(1, 401)
+    episodes = episodes_of(log, rows, release.item_vectors, 8, negatives=50, seed=0)
+    assert episodes.offsets is not None
+    assert episodes.mask is not None
+    counts = torch.bincount(log.items, minlength=len(release.item_ids)).float()
+    assert torch.equal(episodes.features[:, 0], release.item_vectors[log.items[rows]])
+    torch.testing.assert_close(episodes.offsets[:, 0], -(counts / counts.sum())[log.items[rows]].log())
+    assert bool(episodes.mask[:, 0].all())
+    same = (episodes.features[:, 1:] == episodes.features[:, :1]).all(2)
+    assert not bool((same & episodes.mask[:, 1:]).any()), "what came next is no example of what did not"
+    # Each item's share among what was drawn is its share of events, so the mean of 1 / odds counts the items.
+    assert float((-episodes.offsets[:, 1:]).exp().reciprocal().mean()) == pytest.approx(len(release.item_ids), rel=0.1)
+
+
+@pytest.mark.parametrize("times", [[7] * 300, [0] * 290 + list(range(1, 11)), list(range(300))])
+def test_a_history_too_odd_for_a_ranker_still_gives_a_release(times: list[int]) -> None:
+    """All at one moment, nearly all, or one event a user: nothing is held out that could teach a ranker."""
+    history = pl.DataFrame(
+        {
+            "event_id": [f"e{n}" for n in range(300)],
+            "event_type": ["click"] * 300,
+            "user_id": [f"u{n % 20}" for n in range(300)] if len(set(times)) < 300 else [f"u{n}" for n in range(300)],
+            "item_id": [f"i{n * 7 % 31}" for n in range(300)],
+            "event_time": [1_750_000_000_000 + time for time in times],
+        }
+    )
+    release = _train(history)
+    assert bool(release.item_vectors.isfinite().all())

@@ -106,7 +106,7 @@ RIGHT = [
     ("price", -3.5),
     ("quantity", 0.25),
     ("currency", "EUR"),
-    ("category", {"of": ["any", "kind"]}),
+    ("colour", {"of": ["any", "kind"]}),
 ]
 
 

@@ -59,7 +59,9 @@ def test_tables_grow_with_the_items_and_keep_what_they_had() -> None:
 def test_rows_of_neighbours_grow_past_their_first_table() -> None:
     trends = Trends()
     for first in range(0, 900, 90):
-        trends.observe(_told([2 * n for n in range(first, first + 90)], [[2 * n + 1] for n in range(first, first + 90)]))
+        trends.observe(
+            _told([2 * n for n in range(first, first + 90)], [[2 * n + 1] for n in range(first, first + 90)])
+        )
     assert all(_neighbours(trends, 2 * n) == [2 * n + 1] for n in range(900))
     assert all(_neighbours(trends, 2 * n + 1) == [2 * n] for n in range(900))
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import xxhash
 
-from innerloop.evaluation.conversion_log import ConversionLog, known_counts, overall_rate, pair_numbers
 from innerloop.evaluation.outcome import Floats, Ints
 from innerloop.learning.ads.attribution import HOUR, NEVER, counted_before
+from innerloop.learning.ads.click_log import ConversionLog, known_counts, overall_rate, pair_numbers
 from innerloop.learning.ads.logistic import fit_shared
 from innerloop.learning.ads.pairs import KINDS
 from innerloop.learning.ads.rates import ContentPrior, shrunk

@@ -3,18 +3,21 @@
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io
+from plotly.colors import qualitative
 from rich.table import Table
 
 from innerloop.evaluation.scoreboard import Row
 
 _FEW_METRICS = 4  # more do not fit beside each other with their intervals
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _STYLE = """
 :root { color-scheme: light dark; font-family: system-ui, sans-serif }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
@@ -68,7 +71,8 @@ class Report:
     def _page(self) -> str:
         parts = [f"<p>Release: {html.escape(self.release or 'none')}. Took {self.seconds:.0f} s.</p>"]
         metrics = list(dict.fromkeys(row.metric for row in self.rows))
-        parts += [_plot(self.rows, metric, first=at == 0) for at, metric in enumerate(metrics)]
+        figures = [figure for metric in metrics for figure in _figures(self.rows, metric)]
+        parts += [_drawn(figure, first=at == 0) for at, figure in enumerate(figures)]
         parts += [
             _section(name, [row for row in self.rows if row.slice == name])
             for name in dict.fromkeys(row.slice for row in self.rows)
@@ -97,25 +101,38 @@ def _section(name: str, rows: Sequence[Row]) -> str:
     return f"<h2>{html.escape(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _plot(rows: Sequence[Row], metric: str, *, first: bool) -> str:
-    """One trace an arm over the slices, with its interval; plotly's own script comes with the first plot."""
+def _figures(rows: Sequence[Row], metric: str) -> Iterator[go.Figure]:
+    """A figure over the slices, and one over the days where there are some."""
+    for title, by_day in ((metric, False), (f"{metric} by day", True)):
+        mine = [row for row in rows if row.metric == metric and bool(_DAY.fullmatch(row.slice)) == by_day]
+        if mine:
+            yield _figure(mine, title)
+
+
+def _figure(rows: Sequence[Row], title: str) -> go.Figure:
+    """One trace an arm, with its interval."""
     figure = go.Figure()
     for arm in dict.fromkeys(row.arm for row in rows if " - " not in row.arm):
-        mine = [row for row in rows if row.arm == arm and row.metric == metric]
-        if mine:
-            figure.add_scatter(
-                name=arm,
-                x=[row.slice for row in mine],
-                y=[row.value for row in mine],
-                mode="markers+lines",
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [row.high - row.value for row in mine],
-                    "arrayminus": [row.value - row.low for row in mine],
-                },
-            )
-    figure.update_layout(title=metric, height=420, margin={"t": 50, "b": 40, "l": 50, "r": 10})
+        mine = [row for row in rows if row.arm == arm]
+        figure.add_scatter(
+            name=arm,
+            x=[row.slice for row in mine],
+            y=[row.value for row in mine],
+            mode="markers+lines",
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [row.high - row.value for row in mine],
+                "arrayminus": [row.value - row.low for row in mine],
+            },
+        )
+    figure.update_layout(title=title, height=480, margin={"t": 50, "l": 50, "r": 10}, colorway=qualitative.Dark24)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def _drawn(figure: go.Figure, *, first: bool) -> str:
+    """As HTML; plotly's own script comes with the first."""
     drawn = plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config={"displaylogo": False})
     return f'<div class="plot">{drawn}</div>'
 

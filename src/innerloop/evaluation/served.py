@@ -117,7 +117,8 @@ class Served:
         """For each row an earlier one of another user, where one turns up in a few draws."""
         drawn = rows
         for _ in range(5):
-            again = np.maximum(rows - 1 - rng.integers(_OTHERS, size=len(rows)), 0)
+            back = (rng.random(len(rows)) * np.minimum(rows, _OTHERS)).astype(np.int64)
+            again = np.maximum(rows - 1 - back, 0)
             drawn = np.where(self._log.users[drawn] == self._log.users[rows], again, drawn)
         return drawn
 

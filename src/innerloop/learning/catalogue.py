@@ -35,7 +35,8 @@ class Catalogue:
         self.ad_ids: list[str] = []
         self._ad_places: list[int] = []
         if before is not None:
-            self._append(before.named())
+            learned = dict(zip(release.item_ids, release.encoder.item_category_names(), strict=True))
+            self._append([(item, learned.get(item) if of is None else of) for item, of in before.named()])
             self.read_up_to, self._place_of = before.read_up_to, before._place_of.copy()  # noqa: SLF001 - of its kind
             self.ad_ids, self._ad_places = before.ad_ids, before._ad_places  # noqa: SLF001
         self._append(list(zip(release.item_ids, release.encoder.item_category_names(), strict=True)))
@@ -101,6 +102,11 @@ class Catalogue:
     def ad_items(self) -> list[str]:
         """The item that each active ad is for."""
         return [self.item_ids[place] for place in self._ad_places]
+
+    @property
+    def ad_places(self) -> list[int]:
+        """Where that item is in `vectors`."""
+        return self._ad_places
 
     @property
     def ad_vectors(self) -> Tensor:

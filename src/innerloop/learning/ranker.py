@@ -24,6 +24,7 @@ _BATCH = 256
 _RATE = 3e-3
 _PATIENCE = 3
 _HELD_OUT = 0.15
+_LEAST_SPREAD = 1e-3
 
 
 class Ranker:
@@ -50,8 +51,10 @@ class Ranker:
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         """The ranker that `state()` is of. Raises KeyError or RuntimeError when it doesn't fit."""
-        ranker = cls.new(state["mean"], state["scale"])
-        ranker.network.load_state_dict({key: value for key, value in state.items() if key[0].isdigit()})
+        with torch.device("meta"):  # nothing is drawn for weights that are replaced
+            ranker = cls.new(state["mean"], state["scale"])
+        layers = {key: value for key, value in state.items() if key[0].isdigit()}
+        ranker.network.load_state_dict(layers, assign=True)
         return ranker
 
 
@@ -148,4 +151,6 @@ def learn_ranker(
 
 def _standardised(lessons: Lesson) -> Ranker:
     real = lessons.features[lessons.offset > -torch.inf]
-    return Ranker.new(real.mean(0), 1.0 / real.std(0).clamp(min=1e-3))
+    spread = real.std(0)
+    # What never moved says nothing, now or later: divided by next to nothing, the first to move would outshout all.
+    return Ranker.new(real.mean(0), torch.where(spread > _LEAST_SPREAD, 1.0 / spread, 0.0))

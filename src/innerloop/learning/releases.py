@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import SettingsError
+from innerloop.learning.ads.ad_model import AdModel
+from innerloop.learning.candidates import FEATURES
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import RESTORE, Head
 from innerloop.learning.ranker import Ranker
 
-_HEAD, _RANKER = "head.", "ranker."
+_HEAD, _RANKER, _ADS = "head.", "ranker.", "ads."
 
 
 class DataSummary(msgspec.Struct, frozen=True):
@@ -56,6 +58,8 @@ class Release:
     head: Head
     ranker: Ranker | None = None
     """Without one, lists are what the head alone likes best."""
+    ads: AdModel | None = None
+    """Without one, ads are ranked by the head, and their scores are no probabilities."""
 
     @property
     def version(self) -> int:
@@ -90,6 +94,8 @@ def save(release: Release, directory: Path | str) -> Path:
     }
     if release.ranker is not None:
         tensors |= {f"{_RANKER}{key}": value for key, value in release.ranker.state().items()}
+    if release.ads is not None:
+        tensors |= {f"{_ADS}{key}": value for key, value in release.ads.state().items()}
     content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()})
     card = msgspec.structs.replace(release.card, sha256=hashlib.sha256(content).hexdigest())
     try:
@@ -120,26 +126,41 @@ def load(card_path: Path | str) -> Release:
         head = RESTORE[card.method](_part(tensors, _HEAD))
         ranked = _part(tensors, _RANKER)
         ranker = Ranker.restore(ranked) if ranked else None
+        of_ads = _part(tensors, _ADS)
+        ads = AdModel.restore(of_ads) if of_ads else None
     except (KeyError, ValueError, TypeError, RuntimeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
         raise SettingsError(f"{card_path} is no release that this version can read: {error!r}.") from None
-    _check_shapes(card, encoder, head, card_path)
-    return Release(card, encoder, head, ranker)
+    _check_shapes(card, encoder, head, ranker, card_path)
+    for fault in () if ads is None else ads.faults(len(encoder.item_ids), len(encoder.categories)):
+        raise SettingsError(f"{card_path} has an ad model with {fault}: train it again.")
+    return Release(card, encoder, head, ranker, ads)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _check_shapes(card: Card, encoder: Encoder, head: Head, path: Path) -> None:
+def _check_shapes(card: Card, encoder: Encoder, head: Head, ranker: Ranker | None, path: Path) -> None:
     d = card.dimension
     expected = {
         "item vectors": (encoder.vectors, (len(encoder.item_ids), d)),
         "category vectors": (encoder.category_vectors, (len(encoder.categories), d - 2)),
         "prior": (head.prior, (d,) if head.linear else tuple(head.prior.shape)),
     }
+    if ranker is not None:
+        count = (len(FEATURES),)
+        expected |= {"means of its ranker": (ranker.mean, count), "scales of its ranker": (ranker.scale, count)}
+        expected |= {f"{name} of its ranker": (t, tuple(t.shape)) for name, t in ranker.network.state_dict().items()}
     for what, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
             raise SettingsError(f"{path} has {what} that are not finite float32 of shape {shape}: train it again.")
+    rows, known = encoder.item_categories, len(encoder.categories)
+    if (
+        rows.shape != (len(encoder.item_ids),)
+        or rows.dtype != torch.int64
+        or not bool(((rows >= -1) & (rows < known)).all())
+    ):
+        raise SettingsError(f"{path} has categories of items that are not one of its {known} each: train it again.")
 
 
 def _read_card(path: Path) -> Card:

@@ -12,17 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from innerloop.learning.ad_scorer import AdScorer
 from innerloop.learning.candidates import FEATURES, LIKED, Candidates, Pool, Recent, gather
 from innerloop.learning.catalogue import Catalogue
 from innerloop.learning.heads import Head, Support
+from innerloop.learning.item_index import ItemSearch
 from innerloop.learning.ranking import best_by
 from innerloop.learning.releases import Release
 from innerloop.metrics import STEP_SECONDS
+from innerloop.scores import AdsKind
 from innerloop.support import SupportSets, ranges
 from innerloop.trends import Activity, Trends
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+_RANKED_AT_ONCE = 8_192
 _HEAD, _LIFT = FEATURES.index("head"), FEATURES.index("head_lift")
 
 
@@ -35,21 +39,38 @@ class Lists:
 
 
 class Scorer:
-    """A release on a device, the items there are, and what everybody does just now."""
+    """A release on a device, the items there are, and what everybody does just now.
 
-    def __init__(self, release: Release, device: torch.device) -> None:
+    With more than `index_above` items the ones that the head likes best are found by an index; None: always exactly.
+    """
+
+    def __init__(self, release: Release, device: torch.device, *, index_above: int | None = None) -> None:
         self.catalogue = Catalogue(release, device)
         self.trends = Trends()
+        self._index_above = index_above
+        self._search = ItemSearch(index_above)
+        self._ads = self._ad_scorer()
 
     def use(self, release: Release) -> None:
-        """Score by another release from now on; items keep their places, and the trends go on."""
+        """Score by another release from now on; items keep their places, and the trends go on.
+
+        All vectors are others now: the search is exact until they are indexed.
+        """
         self.catalogue = Catalogue(release, self.catalogue.device, self.catalogue)
+        self._search.close()
+        self._search = ItemSearch(self._index_above)
+        self._ads = self._ad_scorer()
 
     @property
     def method(self) -> str:
         """What made the lists: the head's name, and that a ranker had the last word."""
         name = self.catalogue.head.name
         return name if self.catalogue.release.ranker is None else f"{name}+ranker"
+
+    @property
+    def ads_kind(self) -> AdsKind:
+        """What the scores of ads are: the chance that a click is followed by a purchase, or good for ranking alone."""
+        return "ranking" if self._ads is None else "purchase_given_click"
 
     def observe(self, activity: Activity) -> None:
         """Take in what everybody did; items by their numbers, all of which `catalogue.add` has seen."""
@@ -73,7 +94,7 @@ class Scorer:
             if self.catalogue.release.ranker is None:
                 excluded = None if seen is None else torch.from_numpy(seen).to(parameters.device)
                 with STEP_SECONDS.labels("score").time():
-                    return _best(self.catalogue, self.catalogue.head, parameters, k, excluded)
+                    return self._liked(parameters, k, excluded)
             found = self.candidates(sets, parameters)
             with STEP_SECONDS.labels("rank").time():
                 return self._ranked(found, k, seen)
@@ -81,13 +102,25 @@ class Scorer:
     def lists_by(self, head: Head, sets: SupportSets, k: int) -> Lists:
         """The k best items of each task by another head alone."""
         with torch.inference_mode():
-            return _best(self.catalogue, head, head.adapt(padded(sets, self.catalogue)[0]), k)
+            parameters = head.adapt(padded(sets, self.catalogue)[0])
+            return _lists(*best_by(head, parameters, self.catalogue.vectors, k))
 
     def ads(self, sets: SupportSets, k: int) -> tuple[Ints, Floats]:
-        """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores."""
+        """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores.
+
+        With an ad model in the release the scores are probabilities, else they only rank; see `ads_kind`.
+        """
         with torch.inference_mode():
+            if self._ads is not None:
+                with STEP_SECONDS.labels("ads").time():
+                    likeliest, chances = self._ads.best(sets, k)
+                return likeliest.numpy(), chances.numpy()
             best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
         return best.cpu().numpy(), scores.float().cpu().numpy()
+
+    def _ad_scorer(self) -> AdScorer | None:
+        model = self.catalogue.release.ads
+        return None if model is None else AdScorer(model, self.catalogue)
 
     def recent(self, sets: SupportSets) -> Recent:
         return Recent.of(sets, self.catalogue.places(sets.examples["item"]))
@@ -98,7 +131,7 @@ class Scorer:
         recent = self.recent(sets)
         now = np.where(sets.sizes > 0, sets.newest, self.trends.newest)
         with STEP_SECONDS.labels("score").time():
-            liked = best_by(catalogue.head, parameters, catalogue.vectors, LIKED)[0].cpu().numpy()
+            liked = self._liked(parameters, LIKED).places
         pool = Pool(self.trends, catalogue.categories, self.trends.popularity.most)
         with STEP_SECONDS.labels("candidates").time():
             found = gather(recent, now, pool, liked, len(catalogue))
@@ -111,10 +144,17 @@ class Scorer:
         found.features[:, _LIFT] = (scores - prior).cpu().numpy()
         return found
 
+    def _liked(self, parameters: Tensor, k: int, excluded: Tensor | None = None) -> Lists:
+        """What the adapted heads like best."""
+        head, vectors = self.catalogue.head, self.catalogue.vectors
+        return _lists(*self._search.best(head, parameters, vectors, k, excluded))
+
     def _ranked(self, found: Candidates, k: int, seen: Ints | None) -> Lists:
         ranker = self.catalogue.release.ranker
         assert ranker is not None  # noqa: S101 - asked by `lists`
-        scores = ranker(torch.from_numpy(found.features))
+        # A part at a time: what lies between the layers stays in the cache.
+        parts = torch.split(torch.from_numpy(found.features), _RANKED_AT_ONCE)
+        scores = torch.cat([ranker(part) for part in parts])
         rows = torch.from_numpy(found.rows())
         column = torch.arange(len(rows)) - torch.from_numpy(found.starts)[rows]
         tasks, width = len(found.starts) - 1, max(k, int(np.diff(found.starts).max(initial=0)))
@@ -131,8 +171,7 @@ class Scorer:
         return Lists(places.numpy(), best.numpy())
 
 
-def _best(catalogue: Catalogue, head: Head, parameters: Tensor, k: int, excluded: Tensor | None = None) -> Lists:
-    places, scores = best_by(head, parameters, catalogue.vectors, k, excluded)
+def _lists(places: Tensor, scores: Tensor) -> Lists:
     places = torch.where(scores > -torch.inf, places, -1)
     return Lists(places.cpu().numpy(), scores.float().cpu().numpy())
 

@@ -85,6 +85,8 @@ class StreamLog:
 
         Before a block are the rows below the first number; the moments are positions in `times`.
         """
+        if not len(times):
+            return
         span = max(1, int(seconds * 1000))
         order = np.argsort(times, kind="stable")
         number = (times[order] - self.times[0]) // span

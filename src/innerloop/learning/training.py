@@ -7,6 +7,7 @@
 3. The release's metrics are measured on the other half of that sample.
 4. The ranker is taught on the held-out events, with that encoder and head: they have not seen what it has to foresee.
 5. Encoder and prior are learned once more, on all of the history, with what was chosen.
+6. Where there are purchases enough, the ad model is learned, calibrated and measured (`ads.teaching`).
 """
 
 import importlib.metadata
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import SettingsError
+from innerloop.learning.ads.teaching import learn_ads
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
 from innerloop.learning.episodes import Log, episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
@@ -98,9 +100,11 @@ def train(
     encoder = with_popularity(lesson.encoder_of(log, history), log, choice.popularity_half_life)
     tell("prior", 0.95)
     head = lesson.teach(log, encoder.vectors, choice, _FINAL_TASKS)
+    tell("ads", 0.97)
+    ads, of_ads = learn_ads(history, encoder, capacity=capacity, seed=settings.seed)
     tell("done", 1.0)
-    card = _card(history, settings, version, choice, metrics | of_lists)
-    return Release(card=card, encoder=encoder, head=head, ranker=ranker)
+    card = _card(history, settings, version, choice, metrics | of_lists | of_ads)
+    return Release(card=card, encoder=encoder, head=head, ranker=ranker, ads=ads)
 
 
 class _Lesson:
@@ -170,6 +174,8 @@ class _Lesson:
         log = stream_of(self.history, seed=self.settings.seed)
         weights = kind_weights(self.weights)
         rows = np.flatnonzero((log.times > early.card.data.last_event_time) & (weights[log.kinds] > 0))
+        if len(rows) < _LEAST_MOMENTS:
+            return None, {}
         rng = np.random.default_rng(self.settings.seed)
         if len(rows) > _MOMENTS:
             rows = np.sort(rng.choice(rows, _MOMENTS, replace=False))

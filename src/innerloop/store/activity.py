@@ -17,15 +17,15 @@ _LOOK_BACK = 256
 _AFTER = text("SELECT number, packed FROM activity WHERE number > :number ORDER BY number")
 _NEWEST = text("""
     SELECT number, packed FROM (
-        SELECT number, packed, sum(events) OVER (ORDER BY number DESC) AS so_far FROM activity
+        SELECT number, packed, events, sum(events) OVER (ORDER BY number DESC) AS so_far FROM activity
     ) AS counted
-    WHERE so_far <= :events ORDER BY number
+    WHERE so_far - events < :most ORDER BY number
 """)
 _TRIM = text("""
     DELETE FROM activity WHERE number <= (
         SELECT max(number) FROM (
-            SELECT number, sum(events) OVER (ORDER BY number DESC) AS so_far FROM activity
-        ) AS counted WHERE so_far > :events
+            SELECT number, events, sum(events) OVER (ORDER BY number DESC) AS so_far FROM activity
+        ) AS counted WHERE so_far - events >= :most
     )
 """)
 
@@ -36,27 +36,33 @@ def append(connection: Connection, activity: Activity) -> None:
 
 
 def trim(connection: Connection, events: int) -> None:
-    """Delete the oldest pieces beyond the newest `events` events."""
-    connection.execute(_TRIM, {"events": events})
+    """Delete the oldest pieces beyond those that hold the newest `events` events."""
+    connection.execute(_TRIM, {"most": events})
 
 
 @dataclass
 class ActivityReader:
-    """Reads each piece once: first the newest `warm_up` events, then what is new. `newest` numbers the last piece."""
+    """Reads each piece once: first those with the newest `warm_up` events, then what is new.
+
+    `newest` numbers the last piece.
+    """
 
     warm_up: int
     newest: int = 0
     _seen: set[int] = field(default_factory=set)
-    _started: bool = False
+    _oldest: int | None = None
+    """None before the warm-up; what it left out is older than this, and stays out."""
 
     def read(self, connection: Connection) -> Activity:
         """What has been added since the last call, [N] of ACTIVITY."""
-        if self._started:
-            rows = connection.execute(_AFTER, {"number": self.newest - _LOOK_BACK}).all()
+        if self._oldest is None:
+            rows = connection.execute(_NEWEST, {"most": self.warm_up}).all()
+            full = sum(len(row.packed) for row in rows) >= self.warm_up * ACTIVITY.itemsize
+            self._oldest = rows[0].number if full else 0
         else:
-            rows = connection.execute(_NEWEST, {"events": self.warm_up}).all()
+            after = max(self.newest - _LOOK_BACK, self._oldest - 1)
+            rows = connection.execute(_AFTER, {"number": after}).all()
         fresh = [row for row in rows if row.number not in self._seen]
-        self._started = True
         self.newest = max([self.newest, *(row.number for row in fresh)])
         self._seen = {n for n in self._seen if n > self.newest - _LOOK_BACK} | {row.number for row in fresh}
         return np.frombuffer(b"".join(bytes(row.packed) for row in fresh), ACTIVITY)

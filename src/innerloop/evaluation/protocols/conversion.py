@@ -23,28 +23,28 @@ from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation import conversion_baselines as baselines
-from innerloop.evaluation.conversion_log import (
-    ConversionLog,
-    Histories,
-    Population,
-    Windows,
-    content_prior,
-    overall_rate,
-    own_columns,
-    population,
-    read_log,
-)
+from innerloop.evaluation.conversion_log import read_log
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import log_loss, predicted_over_observed
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.learning.ads.ad_head import VARIANCES, AdHead, choose_variance
 from innerloop.learning.ads.attribution import DAY, HOUR
 from innerloop.learning.ads.calibration import Platt
+from innerloop.learning.ads.click_log import (
+    ConversionLog,
+    Histories,
+    Population,
+    adapted,
+    content_prior,
+    overall_rate,
+    own_columns,
+    population,
+    rows_of,
+)
 
 SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 1 << 62)}
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
-_ROWS_AT_ONCE = 4096
 _LEAST = 1e-7
 
 
@@ -136,20 +136,14 @@ def _fit(case: _Case, everybody: Population, own: Floats, seed: int) -> _Fitted:
         features = heads[0].own_features(columns)
         at = case.log.clicks[case.train[last]]
         windows = case.histories.before(case.log.users[at], case.log.times[at])
-        first = int(case.train[0])
-        return [torch.from_numpy(_adapted(case, head, features, windows, features[last], first)) for head in heads]
+        rows = rows_of(case.log, case.log.clicks[case.train])
+        logits = (adapted(case.log, head, features, rows, windows, features[last]) for head in heads)
+        return [torch.from_numpy(each) for each in logits]
 
     variance, losses = choose_variance(columns, labels, foretell, seed=seed)
     head = AdHead.fit(columns, labels, seed=seed).with_variance(variance)
     alone = baselines.fit_and_predict(everybody.columns[case.train], labels.numpy(), everybody.columns[case.asked])
     return _Fitted(head, np.log(alone / (1 - alone)), dict(zip(VARIANCES, losses, strict=False)))
-
-
-def _positions(log: ConversionLog, windows: Windows) -> tuple[Ints, Bools]:
-    """Of each window's events the position among the clicks, and whether it is there and a click."""
-    number = np.cumsum(log.attribution.clicks) - 1
-    mask = windows.mask & log.attribution.clicks[windows.places]
-    return np.where(mask, number[windows.places], 0), mask
 
 
 def _ours(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed: int) -> dict[str, Floats]:
@@ -171,7 +165,7 @@ def _ours(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed
         windows = case.histories.before(whose, times - lag)
         mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
         asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
-        found[arm] = _adapted(case, fitted.head, support, windows, asked)
+        found[arm] = adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked)
     return {arm: found[arm] for arm in ("default", "shared", "none", "placebo", "stale-1h", "stale-1d")}
 
 
@@ -183,28 +177,6 @@ def _strangers(users: Ints, seed: int) -> Ints:
     own = np.searchsorted(distinct, users)
     moved = own + np.random.default_rng(seed).integers(1, len(distinct), len(users))
     return np.asarray(distinct[moved % len(distinct)], np.int64)
-
-
-def _adapted(  # noqa: PLR0917 - what is asked, by whom, after what
-    case: _Case, head: AdHead, support: Tensor, windows: Windows, asked: Tensor, first_position: int = 0
-) -> Floats:
-    """Logits [M] by the weights that each window's clicks give, with the labels as known strictly before its end.
-
-    `support` [P, K] is of the clicks from position `first_position` on; earlier ones are left out.
-    """
-    log, parts = case.log, []
-    for first in range(0, len(asked), _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        some = Windows(windows.places[rows], windows.mask[rows], windows.ends[rows])
-        positions, mask = _positions(log, some)
-        mask &= positions >= first_position
-        positions = np.where(mask, positions - first_position, 0)
-        when = some.ends[:, None]
-        positive = log.attribution.converted_at[some.places] < when
-        mask &= positive | (log.times[some.places] + HOUR < when)
-        weights = head.adapt(support[torch.from_numpy(positions)], torch.from_numpy(positive), torch.from_numpy(mask))
-        parts.append((asked[rows] * weights).sum(1).numpy())
-    return np.concatenate(parts)
 
 
 def _calibrated(case: _Case, logits: Floats) -> Floats:

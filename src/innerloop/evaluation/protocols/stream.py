@@ -5,8 +5,9 @@ event is asked for, everything strictly earlier is known, in the block too. So w
 block old, as it is in the service, and what is the user's own is exact.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,8 +68,11 @@ def run(
 ) -> Outcome:
     """Train on what is before the first moment asked for, then ask every arm at every moment. Raises SettingsError.
 
-    `live` sends the same events through the service and tells the ranks on the lists that came back.
+    `live` sends the same events through the service and tells the ranks on the lists that came back. Both then keep to
+    the first release, so that what differs is the way and not the model.
     """
+    if live is not None:
+        options = replace(options, train_every_hours=math.inf)
     table = read_table(data, history=history)
     log = stream_of(table.events, seed=seed)
     start = table.own_from if history is not None else _warm_up(log, options)

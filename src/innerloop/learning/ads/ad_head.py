@@ -85,7 +85,7 @@ class AdHead:
 
     @property
     def own_mean(self) -> Tensor:
-        mean = torch.zeros(2 + len(self.own_columns), dtype=torch.float64)
+        mean = torch.zeros_like(self.own_variances)
         mean[0] = 1.0
         return mean
 
@@ -107,14 +107,16 @@ class AdHead:
         of the ads; `rate` is everybody's conversion rate.
         """
         at = now.unsqueeze(1)
-        rates = torch.tensor(rate, dtype=torch.float32)
+        rates = torch.tensor(rate, dtype=torch.float32, device=at.device)
         asked = describe(past, ads.items, ads.categories, at.expand_as(ads.items), rates.expand(ads.items.shape))
+        features = self.own_features(torch.cat([asked, population], -1))
+        if float(self.own_variances.max()) <= VARIANCES[0]:  # nobody differs: there is nothing to adapt
+            return self.calibration(features @ self.own_mean)
         earlier = describe(past, past.items, past.categories, past.times, rates.expand(past.items.shape))
         bought = past.converted_at < at
         known = past.mask & (past.kinds == 0) & (past.times < at) & (bought | (past.times + HOUR < at))
         own = self.adapt(self.own_features(torch.cat([earlier, past_population], -1)), bought, known)
-        logits = (self.own_features(torch.cat([asked, population], -1)) @ own.unsqueeze(-1)).squeeze(-1)
-        return self.calibration(logits)
+        return self.calibration((features @ own.unsqueeze(-1)).squeeze(-1))
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned, by name, for a release."""
@@ -163,6 +165,11 @@ def choose_variance(columns: Tensor, labels: Tensor, foretell: Foretell, *, seed
     if not 0 < float(labels[:cut].sum()) < cut or cut == len(labels):
         return VARIANCES[0], []
     head, last = AdHead.fit(columns[:cut], labels[:cut], seed=seed), slice(cut, cut + _MOST_HELD_OUT)
+    return best_variance(head, labels, foretell, last)
+
+
+def best_variance(head: AdHead, labels: Tensor, foretell: Foretell, last: slice) -> tuple[float, list[float]]:
+    """How much users differ, judged by log-loss on the `last` of clicks with labels [N]; and all the losses."""
     foretold = foretell([head.with_variance(variance) for variance in VARIANCES], last)
     losses = [float(binary_cross_entropy_with_logits(logits, labels[last].double())) for logits in foretold]
     return VARIANCES[min(range(len(losses)), key=losses.__getitem__)], losses

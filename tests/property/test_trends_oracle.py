@@ -158,7 +158,7 @@ def test_the_heaviest_neighbours_survive_many_rare_ones(seed: int, size: int) ->
     rng = np.random.default_rng(seed)
     often, rare = np.repeat(np.arange(1, 31), 20), np.arange(100, 100 + 3 * NEIGHBOURS)
     met = rng.permutation(np.concatenate([often, rare]))
-    events = [(NOW + n, int(item), (0,)) for n, item in enumerate(met)]
+    events: list[Plain] = [(NOW + n, int(item), (0,)) for n, item in enumerate(met)]
     for pieces in ([events], [events[first : first + size] for first in range(0, len(events), size)]):
         found = neighbours(after(pieces), 0)
         assert len(found) == NEIGHBOURS
@@ -170,7 +170,11 @@ def test_the_heaviest_neighbours_survive_many_rare_ones(seed: int, size: int) ->
 
 @settings(max_examples=100)
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from([1, 60, 1_700, 1_800, 1_801])), min_size=1, max_size=50),
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from([1, 60, 1_700, 1_800, 1_801])),
+        min_size=1,
+        max_size=50,
+    ),
     cuts,
 )
 def test_ingest_tells_what_the_replay_of_a_log_tells(events: list[tuple[int, int, int]], cuts: list[int]) -> None:

@@ -1,0 +1,82 @@
+"""What a release knows of ads: the head, and what everybody's events said of each item when it was made."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from innerloop.learning.ads.ad_head import COLUMNS, POPULATION, AdHead
+
+_HEAD = "head."
+
+
+@dataclass(frozen=True)
+class AdModel:
+    """Purchase given click for N items in C categories, those of a release's encoder.
+
+    The columns of `items` and `categories` are ad_head.POPULATION. A category's row is what an item in it is given
+    that nobody had met; the last row is for items without a category, or with a new one.
+    """
+
+    head: AdHead
+    items: Tensor  # [N, 6] float32
+    categories: Tensor  # [C + 1, 6] float32
+    rate: float
+    """Everybody's conversion rate."""
+
+    def to(self, device: torch.device) -> "AdModel":
+        """The same on a device."""
+        state = {name: tensor.to(device) for name, tensor in self.state().items()}
+        return AdModel.restore(state)
+
+    def population(self, rows: Tensor, categories: Tensor) -> Tensor:
+        """Columns [.., 6] of items by their row in the release, -1 for none, and their category's, -1 for none."""
+        known = (categories >= 0) & (categories < len(self.categories) - 1)
+        unmet = self.categories[torch.where(known, categories, len(self.categories) - 1)]
+        return torch.where((rows >= 0).unsqueeze(-1), self.items[rows.clamp(min=0)], unmet)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        numbers = {"items": self.items, "categories": self.categories}
+        numbers["rate"] = torch.tensor([self.rate], dtype=torch.float64)
+        return {f"{_HEAD}{name}": tensor for name, tensor in self.head.state().items()} | numbers
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> "AdModel":
+        """Raises KeyError when something is missing, ValueError or TypeError when a number is none."""
+        head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
+        (rate,) = state["rate"].tolist()
+        return cls(AdHead.restore(head), state["items"], state["categories"], float(rate))
+
+    def faults(self, items: int, categories: int) -> Iterator[str]:
+        """What does not fit a release of so many items and categories, or is no number."""
+        features, own = 1 + len(COLUMNS), len(self.head.own_variances)
+        expected = {
+            "population of items": (self.items, (items, len(POPULATION))),
+            "population of categories": (self.categories, (categories + 1, len(POPULATION))),
+            "centre": (self.head.centre, (len(COLUMNS),)),
+            "scale": (self.head.scale, (len(COLUMNS),)),
+            "weights": (self.head.weights, (features,)),
+            "own columns": (self.head.own_columns, (max(own - 2, 0),)),
+            "own variances": (self.head.own_variances, (max(own, 2),)),
+            "click weights": (self.head.click_weights, (features,)),
+        }
+        hidden, bias, out, offset = self.head.committee.tensors()
+        members, units = (*hidden.shape, 0, 0)[:2]
+        expected |= {
+            "hidden units": (hidden, (members, units, features)),
+            "bias": (bias, (members, units)),
+            "output": (out, (members, units)),
+            "offset": (offset, (members,)),
+            "calibration": (torch.tensor([self.head.calibration.slope, self.head.calibration.intercept]), (2,)),
+        }
+        for what, (tensor, shape) in expected.items():
+            if tensor is not None and (tuple(tensor.shape) != shape or not bool(tensor.isfinite().all())):
+                yield f"{what} not finite of shape {shape}"
+        if not 0.0 < self.rate < 1.0:
+            yield "a conversion rate that is not between 0 and 1"
+        if bool(((self.head.own_columns < 1) | (self.head.own_columns >= features)).any()):
+            yield "own columns that are no columns"
+        if not bool((self.head.own_variances > 0).all()):
+            yield "own variances that are not above 0"

@@ -1,0 +1,208 @@
+"""Past clicks as numbers: attributed to purchases, with what was known before each of them.
+
+Training and judging describe a click by the same functions, as of its own moment; serving asks as of the release's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from innerloop.learning.ads.ad_head import AdHead
+from innerloop.learning.ads.attribution import HOUR, NEVER, Attribution, counted_before
+from innerloop.learning.ads.pairs import NAMES, Past, describe
+from innerloop.learning.ads.rates import ContentPrior
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+CAPACITY = 64  # events of a user that are looked at, as of a support set
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class ConversionLog:
+    """N events in order of time; names became numbers, an unknown category is -1."""
+
+    users: Ints
+    items: Ints
+    categories: Ints
+    kinds: Ints  # as in pairs.KINDS; anything else is len(KINDS)
+    times: Ints  # epoch ms
+    attribution: Attribution
+
+    @property
+    def clicks(self) -> Ints:
+        """Which events are clicks: their places."""
+        return np.flatnonzero(self.attribution.clicks)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What everybody's events said strictly before each of M moments: counts with a label, of all, [M] each."""
+
+    trials: Floats
+    successes: Floats
+
+
+def known_counts(log: ConversionLog, keys: Ints, at: Ints, *, wait: int = HOUR) -> Known:
+    """Matured clicks and conversions with the same key as event at[m], strictly before it; `keys` [N]."""
+    return known_before(log, keys, keys[at], log.times[at], wait=wait)
+
+
+def known_before(log: ConversionLog, keys: Ints, asked: Ints, now: Ints, *, wait: int = HOUR) -> Known:
+    """Matured clicks and conversions with key asked[m] strictly before now[m], [M]; `keys` [N] are the events'."""
+    clicks, converted = log.clicks, log.attribution.converted_at
+    known_at = log.attribution.known_at(wait=wait)
+    trials = counted_before(keys[clicks], known_at[clicks], asked, now)
+    bought = clicks[converted[clicks] < NEVER]
+    successes = counted_before(keys[bought], converted[bought], asked, now)
+    return Known(trials.astype(np.float64), successes.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Population:
+    """Of each of M moments: everybody's rate [M] and the columns ad_head.POPULATION [M, 6]."""
+
+    rate: Floats
+    columns: Floats
+
+
+def overall_rate(log: ConversionLog, at: Ints) -> Floats:
+    """Everybody's conversion rate strictly before each moment, [M]."""
+    return rate_before(log, log.times[at])
+
+
+def rate_before(log: ConversionLog, now: Ints) -> Floats:
+    """Everybody's conversion rate strictly before each of `now` [M], epoch ms."""
+    nobody = np.zeros(len(now), np.int64)
+    everybody = known_before(log, np.zeros(len(log.users), np.int64), nobody, now)
+    return (everybody.successes + 1.0) / (everybody.trials + 30.0)
+
+
+def population(log: ConversionLog, at: Ints, prior: ContentPrior) -> Population:
+    """What is known of the items of events `at` [M] by everybody's strictly earlier events."""
+    return population_of(log, log.items[at], log.categories[at], log.times[at], prior)
+
+
+def population_of(log: ConversionLog, items: Ints, categories: Ints, now: Ints, prior: ContentPrior) -> Population:
+    """What is known of `items` in `categories`, both [M], by everybody's events strictly before `now` [M].
+
+    An item of -1 is one that nobody has met: it has its category's rate.
+    """
+    rate = rate_before(log, now)
+    category, item = known_before(log, log.categories, categories, now), known_before(log, log.items, items, now)
+    category_rate = np.where(categories < 0, rate, prior.category_rates(category.successes, category.trials, rate))
+    item_rate = prior.item_rates(item.successes, item.trials, category_rate)
+    clicks = log.clicks
+    all_clicks = np.searchsorted(log.times[clicks], now, "left")
+    mine = counted_before(log.categories[clicks], log.times[clicks], categories, now)
+    share = np.log((mine + 1.0) / (all_clicks + len(np.unique(log.categories))))
+    clicked = np.log1p(counted_before(log.items[clicks], log.times[clicks], items, now))
+    columns = [
+        np.log(category_rate / rate),
+        share,
+        np.log1p(category.trials),
+        np.log(item_rate / category_rate),
+        clicked,
+        np.log1p(item.trials),
+    ]
+    return Population(rate, np.stack(columns, 1))
+
+
+def content_prior(log: ConversionLog, before: int) -> ContentPrior:
+    """How much a category's rate is worth to an item, from clicks that have matured before that time."""
+    clicks = log.clicks[log.times[log.clicks] < before]
+    bought = (log.attribution.converted_at[clicks] < before).astype(np.float64)
+    # One user's clicks on one item share their fate: they count once.
+    _, first, pair = np.unique(pair_numbers(log.users, log.items)[clicks], return_index=True, return_inverse=True)
+    sold = (np.bincount(pair, bought) > 0).astype(np.float64)
+    items, at, places = np.unique(log.items[clicks][first], return_index=True, return_inverse=True)
+    trials, successes = np.bincount(places, minlength=len(items)), np.bincount(places, sold, len(items))
+    categories = log.categories[clicks][first][at]
+    unknown = categories.max(initial=0) + 1
+    return ContentPrior.fit(
+        np.where(categories < 0, unknown, categories), successes.astype(np.float64), trials.astype(np.float64)
+    )
+
+
+def pair_numbers(first: Ints, second: Ints) -> Ints:
+    """One number for each pair of numbers from -1."""
+    return (first + 1) * (int(second.max(initial=0)) + 2) + second + 1
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The newest events of M support sets before their `ends` [M]: places [M, S], and which are there."""
+
+    places: Ints
+    mask: Bools
+    ends: Ints
+
+
+class Histories:
+    """Finds the newest events of a user strictly before a time."""
+
+    def __init__(self, log: ConversionLog, capacity: int = CAPACITY) -> None:
+        self._log, self._capacity = log, capacity
+        self._order = np.lexsort((np.arange(len(log.users)), log.users))
+        self._starts = np.searchsorted(log.users[self._order], np.arange(log.users.max(initial=0) + 2))
+
+    def before(self, users: Ints, times: Ints) -> Windows:
+        """The windows of users [M] strictly before times [M], newest first."""
+        count = counted_before(self._log.users, self._log.times, users, times)
+        back = np.arange(1, self._capacity + 1)
+        places = (self._starts[users] + count)[:, None] - back
+        mask = back <= count[:, None]
+        return Windows(self._order[np.maximum(places, 0)], mask, times)
+
+
+def own_columns(log: ConversionLog, at: Ints, windows: Windows, rate: Floats, *, lag: int = 0) -> Floats:
+    """Columns pairs.NAMES [M, ..] of the clicks `at` [M] after these windows, as known `lag` ms before."""
+    parts = []
+    for first in range(0, len(at), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        some, places = at[rows], windows.places[rows]
+        past = Past(
+            items=torch.from_numpy(log.items[places]),
+            categories=torch.from_numpy(log.categories[places]),
+            kinds=torch.from_numpy(log.kinds[places]),
+            times=torch.from_numpy(log.times[places]),
+            converted_at=torch.from_numpy(log.attribution.converted_at[places]),
+            mask=torch.from_numpy(windows.mask[rows]),
+        )
+        asked = [torch.from_numpy(v[some])[:, None] for v in (log.items, log.categories, log.times)]
+        rates = torch.from_numpy(rate[rows]).float()[:, None]
+        parts.append(describe(past, asked[0], asked[1], asked[2], rates, lag=lag)[:, 0].double().numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, len(NAMES)))
+
+
+def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
+    log: ConversionLog, head: AdHead, support: Tensor, rows: Ints, windows: Windows, asked: Tensor
+) -> Floats:
+    """Logits [M] by the weights that each window's clicks give, with the labels as known strictly before its end.
+
+    `asked` [M, K] and `support` [P, K] are `AdHead.own_features`. `rows` [N] says which of the log's events has
+    which row of the support; -1 are left out.
+    """
+    parts = []
+    for first in range(0, len(asked), _ROWS_AT_ONCE):
+        some = slice(first, first + _ROWS_AT_ONCE)
+        places, when = windows.places[some], windows.ends[some][:, None]
+        numbers = rows[places]
+        positive = log.attribution.converted_at[places] < when
+        mask = windows.mask[some] & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
+        own = support[torch.from_numpy(np.maximum(numbers, 0))]
+        weights = head.adapt(own, torch.from_numpy(positive), torch.from_numpy(mask))
+        parts.append((asked[some] * weights).sum(1).numpy())
+    return np.concatenate(parts)
+
+
+def rows_of(log: ConversionLog, at: Ints) -> Ints:
+    """For each event of the log [N] which of the events `at` [P] it is, -1 for none of them."""
+    rows = np.full(len(log.users), -1, np.int64)
+    rows[at] = np.arange(len(at))
+    return rows
