@@ -160,6 +160,7 @@ def stream(  # noqa: PLR0917 - options by name
 
 
 def _live(rate: float) -> "Live":
-    from .through_kafka import through_kafka  # noqa: PLC0415
+    from .through_kafka import own_services, through_kafka  # noqa: PLC0415
 
+    own_services()  # now, not after the training
     return lambda log, rows, release, options: through_kafka(log, rows, release, options, rate=rate)

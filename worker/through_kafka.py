@@ -17,7 +17,7 @@ import numpy as np
 
 from innerloop.client import ScoreReader
 from innerloop.config import Settings, load_settings
-from innerloop.errors import ServiceError
+from innerloop.errors import ServiceError, SettingsError
 from innerloop.evaluation.outcome import Ints
 from innerloop.evaluation.protocols.stream import Heard
 from innerloop.evaluation.served import list_length, seen
@@ -42,11 +42,25 @@ _NAMES = {code: name for name, code in CODES.items()}
 _START_SECONDS, _DRAIN_SECONDS = 60.0, 600.0
 
 
+def own_services() -> Settings:
+    """The settings, which must name neither a broker nor a database. Raises SettingsError."""
+    settings = load_settings()
+    if settings.kafka.bootstrap_servers or settings.database.url.get_secret_value():
+        raise SettingsError(
+            "--through-kafka writes the data's events to a broker and database of its own: unset"
+            " INNERLOOP_KAFKA__BOOTSTRAP_SERVERS and INNERLOOP_DATABASE__URL, also in innerloop.toml."
+        )
+    return settings
+
+
 def through_kafka(log: StreamLog, rows: Ints, release: Release, options: StreamOptions, *, rate: float) -> Heard:
-    """Run the log through ingest and adapt, on a real Kafka and PostgreSQL. Raises ServiceError if they don't start."""
+    """Run the log through ingest and adapt, on a Kafka and PostgreSQL of its own.
+
+    Raises SettingsError when others are set, ServiceError when they don't start.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="innerloop-evaluate-") as name,
-        running_services(load_settings(), announce=lambda _: None) as services,
+        running_services(own_services(), announce=lambda _: None) as services,
     ):
         os.environ["INNERLOOP_KAFKA__BOOTSTRAP_SERVERS"] = services.bootstrap_servers
         os.environ["INNERLOOP_DATABASE__URL"] = services.database_url

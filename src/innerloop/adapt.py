@@ -228,11 +228,11 @@ class Adapt:
                 _LOG.error("newer release refused, the old one stays in use", why=str(error))
         catalogue = self._scorer.catalogue
         with transaction(self._engine) as connection:
-            told = self._activity.read(connection)
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
             catalogue.add(found)
             catalogue.read_up_to = found[-1][0] if found else catalogue.read_up_to
             catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
+            told = self._activity.read(connection)  # last: what is read here is not read again
         with metrics.STEP_SECONDS.labels("trends").time():
             self._scorer.observe(told)
 

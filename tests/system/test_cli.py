@@ -264,3 +264,24 @@ def stored_events(settings: Settings) -> dict[tuple[str, int], int]:
     found = {place: offset for place, offset in stored(settings).items() if place[0] in settings.topics.events}
     assert found
     return found
+
+
+def test_a_stream_is_judged_offline_and_through_kafka_alike(bare_shell: Shell) -> None:
+    Shop(2, users=60, items=120).history(1_500).write_parquet(bare_shell.folder / "shop.parquet")
+    command = ["evaluate", "stream", "--data", "shop.parquet", "--report", "out", "--through-kafka", "--rate", "100"]
+    done = bare_shell.finish(bare_shell.start(*command, "--draws", "20"), seconds=115)
+    assert done.code == 0, done.err
+    report = json.loads((bare_shell.folder / "out" / "report.json").read_text())
+    rates = {row["arm"]: row["value"] for row in report["rows"] if row["slice"] == "all" and row["metric"] == "hr@20"}
+    assert {"default", "bayes", "anil", "cavia", "maml", "reptile", "none", "placebo", "stale-1h"} < set(rates)
+    assert {"popularity", "recents", "item-knn", "vsknn", "ials", "sasrec"} < set(rates)
+    assert rates["through-kafka"] > 0.5 * rates["default, same moments"] > rates["placebo"]
+    assert "<table>" in (bare_shell.folder / "out" / "report.html").read_text()
+
+
+def test_through_kafka_never_writes_to_a_broker_of_yours(shell: Shell) -> None:
+    Shop(2, users=60, items=120).history(300).write_parquet(shell.folder / "shop.parquet")
+    done = shell.run("evaluate", "stream", "--data", "shop.parquet", "--report", "out", "--through-kafka")
+    assert done.code == 2
+    assert is_one_sentence(done.err)
+    assert "of its own" in done.err

@@ -234,6 +234,7 @@ def test_a_head_that_is_not_linear_is_never_searched_by_index() -> None:
     for _ in range(2):
         places = search.wait().best(head, tasks, vectors, 5)[0]
         assert torch.equal(places, head.score(tasks, vectors).topk(5).indices)
+        assert search._thread is None  # not even tried
     assert search.index is None
 
 

@@ -23,6 +23,7 @@ _NEGATIVES = 96
 _BATCH = 256
 _RATE = 3e-3
 _PATIENCE = 3
+_FAR = 10.0  # standard deviations: a value that was rare while learning must not outweigh all others
 _HELD_OUT = 0.15
 _LEAST_SPREAD = 1e-3
 
@@ -42,7 +43,8 @@ class Ranker:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Tell f of features [.., F]: [..]."""
-        scores: Tensor = self.network((features - self.mean) * self.scale).squeeze(-1)
+        standard = ((features - self.mean) * self.scale).clamp(-_FAR, _FAR)
+        scores: Tensor = self.network(standard).squeeze(-1)
         return scores
 
     def state(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Lessons for the ranker: past moments, with the candidates that the service would have had at each of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -67,20 +67,9 @@ def lessons(  # noqa: PLR0917 - what a pass over the past needs
     tell: Callable[[float], None] = lambda _share: None,
 ) -> Lesson:
     """A lesson for each moment before `rows` [Q] whose item was a candidate; `weights` by event type code."""
-    return join(list(_lessons(Replay(scorer, log), scorer, log, rows, weights, capacity, rng, tell)))
-
-
-def _lessons(  # noqa: PLR0917
-    replay: Replay,
-    scorer: Scorer,
-    log: StreamLog,
-    rows: Ints,
-    weights: NDArray[np.float32],
-    capacity: int,
-    rng: np.random.Generator,
-    tell: Callable[[float], None],
-) -> Iterator[Lesson]:
-    done, balance = 0, _balance(log.kinds[rows], weights)
+    replay, balance = Replay(scorer, log), _balance(log.kinds[rows], weights)
+    taught: list[Lesson] = []
+    done = 0
     for upto, some in log.blocks(log.answered(rows), _BLOCK_SECONDS):
         replay.show(upto)
         support, _ = log.before(rows[some], capacity)
@@ -90,9 +79,10 @@ def _lessons(  # noqa: PLR0917
             found = scorer.candidates(sets, scorer.parameters(sets))
         target = scorer.catalogue.places(log.items[rows[some]])
         says = balance[log.kinds[rows[some]]] * np.where(log.within_visit(rows[some]), 1.0, _NEXT_VISIT)
-        yield lesson(found, target.tolist(), says.tolist(), rng)
+        taught.append(lesson(found, target.tolist(), says.tolist(), rng))
         done += len(some)
         tell(done / len(rows))
+    return join(taught)
 
 
 def _balance(kinds: Ints, weights: NDArray[np.float32]) -> NDArray[np.float64]:

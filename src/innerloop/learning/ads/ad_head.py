@@ -35,6 +35,8 @@ POPULATION: tuple[str, ...] = (
 """Columns of what everybody's events say of an item."""
 COLUMNS: tuple[str, ...] = (*NAMES, *POPULATION)
 _OWN = ("item: clicks", "item: clicked before", "category: conversion rate")
+OWN_CLICKS = 16
+"""A user's own weights are found from so many newest clicks with a label: more cost more than they tell."""
 _CLIP = 5.0  # standard deviations
 _LEAST_SPREAD = 1e-6
 _MOST_EPOCHS = 12
@@ -112,10 +114,14 @@ class AdHead:
         features = self.own_features(torch.cat([asked, population], -1))
         if float(self.own_variances.max()) <= VARIANCES[0]:  # nobody differs: there is nothing to adapt
             return self.calibration(features @ self.own_mean)
-        earlier = describe(past, past.items, past.categories, past.times, rates.expand(past.items.shape))
         bought = past.converted_at < at
         known = past.mask & (past.kinds == 0) & (past.times < at) & (bought | (past.times + HOUR < at))
-        own = self.adapt(self.own_features(torch.cat([earlier, past_population], -1)), bought, known)
+        newest = torch.where(known, past.times, -1).topk(min(OWN_CLICKS, known.shape[1])).indices  # [T, <= 16]
+        items, categories, times = (of.gather(1, newest) for of in (past.items, past.categories, past.times))
+        earlier = describe(past, items, categories, times, rates.expand(items.shape))
+        everybodys = past_population.gather(1, newest.unsqueeze(-1).expand(-1, -1, len(POPULATION)))
+        own_features = self.own_features(torch.cat([earlier, everybodys], -1))
+        own = self.adapt(own_features, bought.gather(1, newest), known.gather(1, newest))
         return self.calibration((features @ own.unsqueeze(-1)).squeeze(-1))
 
     def state(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from innerloop.learning.ads.ad_head import AdHead
+from innerloop.learning.ads.ad_head import OWN_CLICKS, AdHead
 from innerloop.learning.ads.attribution import HOUR, NEVER, Attribution, counted_before
 from innerloop.learning.ads.pairs import NAMES, Past, describe
 from innerloop.learning.ads.rates import ContentPrior
@@ -195,6 +195,8 @@ def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
         numbers = rows[places]
         positive = log.attribution.converted_at[places] < when
         mask = windows.mask[some] & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
+        order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
+        numbers, positive, mask = (np.take_along_axis(of, order, 1) for of in (numbers, positive, mask))
         own = support[torch.from_numpy(np.maximum(numbers, 0))]
         weights = head.adapt(own, torch.from_numpy(positive), torch.from_numpy(mask))
         parts.append((asked[some] * weights).sum(1).numpy())
