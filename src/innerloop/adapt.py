@@ -73,7 +73,7 @@ class Adapt:
         self._epochs: dict[int, int] = {}
         self._strangers: dict[str, int] = {}
         self._refreshed_at = 0.0
-        self._scorer = Scorer(self._newest_release(), self._device)
+        self._scorer = Scorer(self._newest_release(), self._device, index_above=settings.adapt.index_above)
         self._activity = ActivityReader(settings.trends.kept_events)
         self._refresh()
         self._score(SupportSets.empty(1))  # the first solve of a process is slow, and nobody should wait for it

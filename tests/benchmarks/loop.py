@@ -42,7 +42,7 @@ from cluster import Cluster, Database, command, require_running, running_cluster
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from loop_traffic import Shop, Subscriber, answered
 from machine import CONSOLE, Report, describe, options
-from random_release import random_release
+from random_release import random_release, with_ranker
 
 from innerloop.config import Settings
 from innerloop.learning.releases import save
@@ -189,7 +189,7 @@ def _running_loop(cluster: Cluster, database: Database, asked: argparse.Namespac
 
 
 def _register(settings: Settings, items: int, folder: Path) -> None:
-    release = random_release(items, settings.learning.dimension)
+    release = with_ranker(random_release(items, settings.learning.dimension))
     location = save(release, folder)
     engine = connect(settings.database)
     with transaction(engine) as connection:

@@ -27,13 +27,15 @@ from safetensors.numpy import load_file
 
 from innerloop import metrics
 from innerloop.adapt import Adapt
-from innerloop.config import AdaptSettings, KafkaSettings, Settings
+from innerloop.config import AdaptSettings, KafkaSettings, LearningSettings, Settings
 from innerloop.errors import RetryError, ServiceError, StopError
+from innerloop.evaluation.shop import Process, Shop
 from innerloop.learning.candidates import FEATURES
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Card, DataSummary, Release, save
+from innerloop.learning.training import train
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores
 from innerloop.store import activity, items, support_sets
 from innerloop.store.database import Database, connect, transaction
@@ -664,3 +666,27 @@ def test_a_worker_stopped_past_its_session_leaves_nothing_older_behind(world: Wo
         for member in members:
             member.kill()
             member.wait()
+
+
+def test_ads_carry_the_chance_that_a_click_is_followed_by_a_purchase(world: World) -> None:
+    history = Shop(1, users=100, items=ITEMS, process=Process(sessions_per_hour=10, purchase_rate=0.2)).history(6_000)
+    learned = train(history, settings=LearningSettings(dimension=8, method="none"), weights={}, capacity=16, version=2)
+    register(world.settings, world.engine, learned, save(learned, world.folder))
+    names = learned.item_ids[:5]
+    world.show_ads({f"ad for {item}": item for item in [*names, "unheard of"]})
+    world.give("u", examples := [(names[0], 1.0, 60), (names[1], 1.0, 0)])
+    topic = world.settings.topics.ads
+    with running(world.settings):
+        world.ask("u")
+        wait_for(lambda: world.last_is_newest(topic, 2))
+        world.give("u", [(names[0], 1.0, 90), *examples])
+        world.ask("u")
+        wait_for(lambda: world.last_is_newest(topic, 2))
+    first, second = (msgspec.json.decode(message.value() or b"", type=AdScores) for message in world.log(topic))
+    for record in (first, second):
+        assert record.kind == "purchase_given_click"
+        assert {ad.item_id for ad in record.ads} == {*names, "unheard of"}
+        scores = [ad.score for ad in record.ads]
+        assert scores == sorted(scores, reverse=True)
+        assert 0.0 < scores[-1] <= scores[0] < 1.0
+    assert first.ads != second.ads

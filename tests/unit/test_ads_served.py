@@ -37,6 +37,8 @@ def test_items_outside_the_catalogue_are_not_taken_for_one_another() -> None:
     sets = _sets([(0, 7, _CLICK), (HOUR, 8, _PURCHASE)])
     past = past_of(sets, np.array([-1, -1]), np.array([-1, -1]))
     assert (past.converted_at == NEVER).all()
+    assert past.items[0, 0] != past.items[0, 1]
+    assert (past.items < 0).all()
 
 
 def test_no_tasks_at_all() -> None:

@@ -13,9 +13,11 @@ from innerloop.learning.ads.ad_head import Ads
 from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.catalogue import Catalogue
-from innerloop.support import SupportSets
+from innerloop.support import SupportSets, gather
 
 Ints = NDArray[np.int64]
+MOST = 128
+"""Ads of one task whose chances are computed: of more, those that the ranking head likes best."""
 _TASKS_AT_ONCE = 256
 _PAIRS_AT_ONCE = 2_000_000  # of an example and an ad: some 100 MB
 _LEAST = 1e-6  # as many digits as are published: a probability is never 0 or 1
@@ -29,26 +31,32 @@ class AdScorer:
         self._release_rows = {item: row for row, item in enumerate(catalogue.release.item_ids)}
         self._rows: Ints = np.empty(0, np.int64)  # by place in the catalogue, -1 for an item the release lacks
 
-    def best(self, sets: SupportSets, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest active ads of each task [T, k] by number, and the chances that their clicks convert."""
-        ads, width = len(self._catalogue.ad_ids), max(1, int(sets.sizes.max(initial=0)))
-        chunk = max(1, min(_TASKS_AT_ONCE, _PAIRS_AT_ONCE // (width * max(ads, width))))
-        found = [(torch.empty(0, min(k, ads), dtype=torch.int64), torch.empty(0, min(k, ads)))]
-        for first in range(0, len(sets.sizes) if ads else 0, chunk):
-            chances = self.probabilities(_part(sets, first, first + chunk))
-            values, places = chances.topk(min(k, ads))
-            found.append((places.cpu(), values.float().cpu()))
-        if not ads:
-            return torch.empty(len(sets.sizes), 0, dtype=torch.int64), torch.empty(len(sets.sizes), 0)
-        return torch.cat([places for places, _ in found]), torch.cat([values for _, values in found])
+    def best(self, sets: SupportSets, k: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k likeliest active ads of each task [T, k] by number, and the chances that their clicks convert.
 
-    def probabilities(self, sets: SupportSets) -> Tensor:
-        """Purchase given click of each active ad by each task, [T, A] float64 in (0, 1)."""
-        catalogue, tasks = self._catalogue, len(sets.sizes)
+        All active ads are asked about, or `among` [T, m] by number.
+        """
+        if among is None:
+            among = torch.arange(len(self._catalogue.ad_ids)).expand(len(sets.sizes), -1)
+        ads, width = among.shape[1], max(1, int(sets.sizes.max(initial=0)))
+        chunk = max(1, min(_TASKS_AT_ONCE, _PAIRS_AT_ONCE // (width * max(ads, width))))
+        numbers = torch.empty(len(among), min(k, ads), dtype=torch.int64)
+        chances = torch.empty(len(among), min(k, ads))
+        order = np.argsort(sets.sizes, kind="stable")  # sets of one size together: there is little to pad
+        for first in range(0, len(among) if ads else 0, chunk):
+            tasks = order[first : first + chunk]
+            some = torch.from_numpy(tasks)
+            values, places = self.probabilities(gather(sets, tasks), among[some]).cpu().topk(min(k, ads))
+            numbers[some], chances[some] = among[some].gather(1, places), values.float()
+        return numbers, chances
+
+    def probabilities(self, sets: SupportSets, among: Tensor) -> Tensor:
+        """Purchase given click of the ads `among` [T, A], by number, by each task, [T, A] float64 in (0, 1)."""
+        catalogue = self._catalogue
         places = catalogue.places(sets.examples["item"])
         past = past_of(sets, places, self._categories(places), device=catalogue.device)
-        shown = np.array(catalogue.ad_places, np.int64)
-        ads = Ads(*(self._tensor(np.tile(of, (tasks, 1))) for of in (shown, self._categories(shown))))
+        shown = np.array(catalogue.ad_places, np.int64)[among.numpy()]
+        ads = Ads(self._tensor(shown), self._tensor(self._categories(shown)))
         now = self._tensor(sets.newest + 1)  # not the clock's: the same set gives the same at any time
         found = self._model.head.probabilities(
             past,
@@ -75,12 +83,7 @@ class AdScorer:
 
     def _categories(self, places: Ints) -> Ints:
         of_place = self._catalogue.categories.of_place
-        return np.where(places >= 0, of_place[places], -1) if len(of_place) else np.full(len(places), -1)
+        return np.where(places >= 0, of_place[places], -1) if len(of_place) else np.full(places.shape, -1)
 
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._catalogue.device)
-
-
-def _part(sets: SupportSets, first: int, last: int) -> SupportSets:
-    starts = sets.starts[first : last + 1]
-    return SupportSets(starts - starts[0], sets.examples[starts[0] : starts[-1]])

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from innerloop.learning.ad_scorer import MOST as MOST_ADS
 from innerloop.learning.ad_scorer import AdScorer
 from innerloop.learning.candidates import FEATURES, LIKED, Candidates, Pool, Recent, gather
 from innerloop.learning.catalogue import Catalogue
@@ -113,7 +114,7 @@ class Scorer:
         with torch.inference_mode():
             if self._ads is not None:
                 with STEP_SECONDS.labels("ads").time():
-                    likeliest, chances = self._ads.best(sets, k)
+                    likeliest, chances = self._ads.best(sets, k, self._ads_liked(sets))
                 return likeliest.numpy(), chances.numpy()
             best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
         return best.cpu().numpy(), scores.float().cpu().numpy()
@@ -121,6 +122,12 @@ class Scorer:
     def _ad_scorer(self) -> AdScorer | None:
         model = self.catalogue.release.ads
         return None if model is None else AdScorer(model, self.catalogue)
+
+    def _ads_liked(self, sets: SupportSets) -> Tensor | None:
+        """The active ads that the adapted heads like best, [T, m] by number; None when there are few ads."""
+        if len(self.catalogue.ad_ids) <= MOST_ADS:
+            return None
+        return best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, MOST_ADS)[0].cpu()
 
     def recent(self, sets: SupportSets) -> Recent:
         return Recent.of(sets, self.catalogue.places(sets.examples["item"]))

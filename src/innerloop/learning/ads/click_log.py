@@ -196,10 +196,10 @@ def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
         positive = log.attribution.converted_at[places] < when
         mask = windows.mask[some] & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
         order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
-        numbers, positive, mask = (np.take_along_axis(of, order, 1) for of in (numbers, positive, mask))
-        own = support[torch.from_numpy(np.maximum(numbers, 0))]
-        weights = head.adapt(own, torch.from_numpy(positive), torch.from_numpy(mask))
-        parts.append((asked[some] * weights).sum(1).numpy())
+        own = support[torch.from_numpy(np.maximum(np.take_along_axis(numbers, order, 1), 0))]
+        labels, weights = (torch.from_numpy(np.take_along_axis(of, order, 1)) for of in (positive, mask))
+        theirs = head.adapt(own, labels, weights)
+        parts.append((asked[some] * theirs).sum(1).numpy())
     return np.concatenate(parts)
 
 

@@ -40,7 +40,7 @@ def past_of(
 
     there = padded(np.ones(len(times), np.int64), 0).bool()
     return Past(
-        items=padded(items, -1),
+        items=padded(np.where(known, items, -2 - np.arange(len(items))), -1),
         categories=padded(categories, -1),
         kinds=padded(types - 1, len(KINDS)),
         times=padded(times, 0),

@@ -68,7 +68,7 @@ def learn_ads(
     `capacity` is that of the support sets. Also returns the figures on held-out clicks by name. (None, {}) when there
     are too few clicks or purchases. The same history and seed give the same model on the same machine.
     """
-    log = _log_of(history, encoder)
+    log = log_of(history, encoder)
     clicks = _final_clicks(log, min(capacity, CAPACITY), seed)
     if clicks is None:
         return None, {}
@@ -91,14 +91,24 @@ def learn_ads(
     return _model(log, head, encoder), figures
 
 
-def _log_of(history: pl.DataFrame, encoder: Encoder) -> ConversionLog:
+def log_of(history: pl.DataFrame, encoder: Encoder) -> ConversionLog:
     """An item's category is the one it has in serving, its newest."""
     names = pl.Series(encoder.item_ids, dtype=pl.String)
-    items = history["item_id"].replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64).to_numpy()
-    users = (history["user_id"].rank("dense").cast(pl.Int64) - 1).to_numpy()
+    items = (
+        history["item_id"]
+        .cast(pl.String)
+        .replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64)
+        .to_numpy()
+    )
+    users = (history["user_id"].cast(pl.String).rank("dense").cast(pl.Int64) - 1).to_numpy()
     codes = {name: CODES[name] - 1 for name in KINDS}
-    kinds = history["event_type"].replace_strict(codes, default=len(KINDS), return_dtype=pl.Int64).to_numpy()
-    times = history["event_time"].to_numpy()
+    kinds = (
+        history["event_type"]
+        .cast(pl.String)
+        .replace_strict(codes, default=len(KINDS), return_dtype=pl.Int64)
+        .to_numpy()
+    )
+    times = history["event_time"].to_numpy().astype(np.int64)
     bought = attribute(users, items, times, kinds == 0, kinds == KINDS.index("purchase"), window=DAY)
     return ConversionLog(users, items, encoder.item_categories.numpy()[items], kinds, times, bought)
 
