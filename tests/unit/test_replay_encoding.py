@@ -19,6 +19,7 @@ EVENT = st.fixed_dictionaries(
         "item_id": IDENTIFIER,
         "event_time": st.integers(0, 2**45),
         "session_id": st.none() | IDENTIFIER,
+        "category": st.none() | IDENTIFIER,
         "ad_id": st.none() | IDENTIFIER,
         "price": st.none() | st.floats(allow_nan=False, allow_infinity=False),
         "quantity": st.none() | st.integers(-5, 2**40),
@@ -27,7 +28,9 @@ EVENT = st.fixed_dictionaries(
     }
 )
 SCHEMA = {
-    **dict.fromkeys(("event_id", "event_type", "user_id", "item_id", "session_id", "ad_id", "currency"), pl.String()),
+    **dict.fromkeys(
+        ("event_id", "event_type", "user_id", "item_id", "session_id", "category", "ad_id", "currency"), pl.String()
+    ),
     "event_time": pl.Int64(),
     "price": pl.Float64(),
     "quantity": pl.Int64(),
@@ -45,9 +48,9 @@ def test_every_event_comes_back_as_it_was(events: list[dict[str, object]]) -> No
 
 
 def test_other_columns_stay_behind_and_missing_ones_are_no_matter() -> None:
-    row = {"category": "c", "event_id": "e", "event_type": "click", "user_id": "u", "item_id": "i", "event_time": 5}
+    row = {"colour": "c", "event_id": "e", "event_type": "click", "user_id": "u", "item_id": "i", "event_time": 5}
     [raw] = encode_events(pl.DataFrame([row]))
-    assert msgspec.json.decode(raw) == {name: value for name, value in row.items() if name != "category"}
+    assert msgspec.json.decode(raw) == {name: value for name, value in row.items() if name != "colour"}
 
 
 def test_pace_gives_out_the_rate_and_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,8 @@ class Scorer:
                 with STEP_SECONDS.labels("ads").time():
                     likeliest, chances = self._ads.best(sets, k, self._ads_liked(sets))
                 return likeliest.numpy(), chances.numpy()
+            if not self.catalogue.ad_ids:
+                return np.empty((len(sets.sizes), 0), np.int64), np.empty((len(sets.sizes), 0), np.float32)
             best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
         return best.cpu().numpy(), scores.float().cpu().numpy()
 
