@@ -18,7 +18,9 @@ from innerloop.learning.episodes import episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, Head, NoneHead
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Release, load, save
+from innerloop.learning.scorer import Scorer
 from innerloop.learning.training import hit_rate, ranks_of, teach_heads, train
+from innerloop.support import SupportSets
 
 WEIGHTS = {"click": 1.0, "purchase": 4.0}
 
@@ -244,3 +246,13 @@ def test_a_history_too_odd_for_a_ranker_still_gives_a_release(times: list[int]) 
     )
     release = _train(history)
     assert bool(release.item_vectors.isfinite().all())
+
+
+@pytest.mark.parametrize("method", sorted(META_TRAIN))
+def test_every_method_makes_a_release_that_serves(method: str, tmp_path: Path) -> None:
+    history = Shop(0, users=60, items=120, process=Process(categories=6)).history(1_200)
+    release = load(save(_train(history, method), tmp_path))
+    assert release.card.metrics["hit@50"] > 0
+    lists = Scorer(release, torch.device("cpu")).lists(SupportSets.empty(2), 5)
+    assert (lists.places >= 0).all()
+    assert np.array_equal(lists.places[0], lists.places[1])

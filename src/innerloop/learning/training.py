@@ -92,7 +92,7 @@ def train(
         raise SettingsError(f"learning.method is {settings.method}: choose one of {', '.join(_HEADS)}.")
     tell = progress or (lambda _what, _share: None)
     lesson = _Lesson(history, settings, weights, capacity)
-    tell("encoder on the first four fifths", 0.0)
+    tell("encoder on the earlier part", 0.0)
     choice, metrics, early = lesson.choose(tell)
     ranker, of_lists = lesson.rank(early, tell)
     tell("encoder on everything", 0.9)
@@ -161,7 +161,7 @@ class _Lesson:
             choice = _one_at_a_time(choice, quality, tell)
         head = head_of(choice)
         ranks = ranks_of(whole, test, vectors, head, self.capacity)
-        prior = ranks_of(whole, test, vectors, NoneHead(head.prior), self.capacity)
+        prior = ranks_of(whole, test, vectors, head, self.capacity, adapted=False)
         metrics = {f"hit@{k}": hit_rate(ranks, k) for k in (20, 50)}
         metrics |= {f"unadapted_hit@{k}": hit_rate(prior, k) for k in (20, 50)}
         early_release = Release(
@@ -244,13 +244,14 @@ def teach_heads(
     }
 
 
-def ranks_of(log: Log, rows: Tensor, vectors: Tensor, head: Head, capacity: int) -> Tensor:
+def ranks_of(log: Log, rows: Tensor, vectors: Tensor, head: Head, capacity: int, *, adapted: bool = True) -> Tensor:
     """For each event of rows [T] the rank [T] of its item among vectors [N, d] just before it; 0 is best."""
     ranks = [torch.empty(0, dtype=torch.int64)]
-    for first in range(0, len(rows), _RANKED_AT_ONCE):
-        some = rows[first : first + _RANKED_AT_ONCE]
-        scores = head.adapt(log.support(some, vectors, capacity)) @ vectors.T  # [t, N]
-        ranks.append(_ranks(scores, log.items[some]))
+    at_once = _RANKED_AT_ONCE if head.linear else _RANKED_AT_ONCE // 16  # a network holds numbers for every item
+    for some in torch.split(rows, at_once):
+        support = log.support(some, vectors, capacity)
+        parameters = head.adapt(support) if adapted else head.prior.expand(len(some), -1)
+        ranks.append(_ranks(head.score(parameters, vectors), log.items[some]))
     return torch.cat(ranks)
 
 
