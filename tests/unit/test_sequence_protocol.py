@@ -19,6 +19,7 @@ from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.protocols.sequence import BASELINES, _other_users, run
 from innerloop.evaluation.sequence_aggregation import Aggregation, Candidates, Describer, learn_aggregation
 from innerloop.evaluation.sequence_course import Course, Options
+from innerloop.evaluation.sequence_heads import GAINS, chosen_gain
 from innerloop.evaluation.sequences import Sequences, read_sequences
 
 QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",))
@@ -327,3 +328,15 @@ def test_users_too_short_to_learn_from_are_a_sentence(tmp_path: Path) -> None:
     table = pl.DataFrame({"user_id": [1, 1, 2, 2], "position": [0, 1, 0, 1], "item_id": [1, 2, 2, 1]})
     with pytest.raises(SettingsError, match="give longer histories"):
         run(written(table, tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
+
+
+def test_a_gain_that_is_best_by_luck_is_none() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random((400, 1))
+    lucky = base + np.concatenate([np.zeros((400, 1)), rng.normal(0.01, 1.0, (400, len(GAINS) - 1))], 1)
+    lucky[:, -1] += 0.03 - (lucky[:, -1] - lucky[:, 0]).mean()  # best on average, by less than a standard error
+    lucky[:, 1:-1] -= 1.0
+    assert chosen_gain(lucky) == 0.0
+    sure = base + np.concatenate([np.zeros((400, 1)), rng.normal(0.5, 1.0, (400, len(GAINS) - 1))], 1)
+    sure[:, 3] += 0.5
+    assert chosen_gain(sure) == GAINS[3]

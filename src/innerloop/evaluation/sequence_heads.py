@@ -134,11 +134,23 @@ def teach(
     `worth` says of scores [b, N] for some of them, rows [b], what each is worth; `at_once` are scored together.
     """
     head = meta_train(episodes, recipe)
-    reached = np.zeros(len(GAINS))
+    reached = np.zeros((len(judged), len(GAINS)))
     for first in range(0, len(judged), at_once):
         rows = np.arange(first, min(first + at_once, len(judged)))
         some = judged.take(rows)
         base, parameters = encoded.scores(some), head.adapt(encoded.support(some))
         lift = head.score(parameters, encoded.features()).detach().numpy().astype(np.float32)
-        reached += [worth(base + np.float32(gain) * lift, rows).sum() for gain in GAINS]
-    return Adapted(encoded, head, GAINS[int(np.argmax(reached))])
+        for column, gain in enumerate(GAINS):
+            reached[rows, column] = worth(base + np.float32(gain) * lift, rows)
+    return Adapted(encoded, head, chosen_gain(reached))
+
+
+def chosen_gain(reached: Floats) -> float:
+    """The gain that was worth most, given each history's worth [Q, gains]; 0 unless it is by a standard error.
+
+    On few histories the best of several gains is best by luck, and a large one ruins the list.
+    """
+    best = int(reached.mean(0).argmax())
+    better = reached[:, best] - reached[:, 0]
+    sure = better.mean() > better.std() / np.sqrt(len(better))
+    return GAINS[best] if sure else GAINS[0]
