@@ -43,10 +43,13 @@ def _table(record: RecommendationScores | AdScores) -> Table:
     if isinstance(record, AdScores):
         table.add_column("ad")
     table.add_column("item")
-    table.add_column("score", justify="right")
+    chance = isinstance(record, AdScores) and record.kind == "purchase_given_click"
+    table.add_column("bought if clicked" if chance else "score", justify="right")
     if isinstance(record, AdScores):
         for rank, ad in enumerate(record.ads, 1):
-            table.add_row(str(rank), escape(ad.ad_id), escape(ad.item_id), f"{ad.score:.4f}")
+            table.add_row(
+                str(rank), escape(ad.ad_id), escape(ad.item_id), f"{ad.score:.2%}" if chance else f"{ad.score:.4f}"
+            )
     else:
         for rank, item in enumerate(record.items, 1):
             table.add_row(str(rank), escape(item.item_id), f"{item.score:.4f}")
