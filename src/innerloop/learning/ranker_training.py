@@ -12,8 +12,8 @@ from innerloop.learning.scorer import Scorer
 from innerloop.learning.stream_log import Ints, StreamLog
 
 _BLOCK_SECONDS = 60.0
-"""How old what everybody does may be. Longer is quicker, and was tried: with seven minutes the ranker learned to do without
-the co-visits of the visit that is going on, and a shop's next purchase was on the list in 56% instead of 61%."""
+"""How old what everybody does may be. Longer is quicker, and was tried: with seven minutes the ranker learned to do
+without the co-visits of the visit that is going on, and a shop's next purchase was on the list in 56%, not 61%."""
 _NEXT_VISIT = 0.2
 """How much a moment says whose list was made in an earlier visit: by then others have changed what is likely."""
 
