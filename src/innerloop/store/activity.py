@@ -14,7 +14,7 @@ from innerloop.trends import ACTIVITY, Activity
 _APPEND = text("INSERT INTO activity (events, packed) VALUES (:events, :packed)")
 # A piece's number is drawn before it is committed, so a lower one may appear after a higher one: readers look back.
 _LOOK_BACK = 256
-_AFTER = text("SELECT number, packed FROM activity WHERE number > :number ORDER BY number")
+_AFTER = text("SELECT number, packed FROM activity WHERE number > :number AND number <> ALL(:seen) ORDER BY number")
 _NEWEST = text("""
     SELECT number, packed FROM (
         SELECT number, packed, events, sum(events) OVER (ORDER BY number DESC) AS so_far FROM activity
@@ -61,8 +61,7 @@ class ActivityReader:
             self._oldest = rows[0].number if full else 0
         else:
             after = max(self.newest - _LOOK_BACK, self._oldest - 1)
-            rows = connection.execute(_AFTER, {"number": after}).all()
-        fresh = [row for row in rows if row.number not in self._seen]
-        self.newest = max([self.newest, *(row.number for row in fresh)])
-        self._seen = {n for n in self._seen if n > self.newest - _LOOK_BACK} | {row.number for row in fresh}
-        return np.frombuffer(b"".join(bytes(row.packed) for row in fresh), ACTIVITY)
+            rows = connection.execute(_AFTER, {"number": after, "seen": list(self._seen)}).all()
+        self.newest = max([self.newest, *(row.number for row in rows)])
+        self._seen = {n for n in self._seen | {row.number for row in rows} if n > self.newest - _LOOK_BACK}
+        return np.frombuffer(b"".join(bytes(row.packed) for row in rows), ACTIVITY)
