@@ -33,14 +33,13 @@ class ActivityLog:
     def write(self, connection: Transaction) -> None:
         """Write a piece within `connection`'s transaction; `written` says that it was committed."""
         activity.append(connection, self._sample())
-        if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
+        now = time.monotonic()
+        if now - self._trimmed_at > _TRIM_SECONDS:
             activity.trim(connection, self._settings.kept_events)
+            self._trimmed_at = now  # should this roll back, the next one is soon enough
 
     def written(self) -> None:
-        now = time.monotonic()
-        self._pending, self._written_at = [], now
-        if now - self._trimmed_at > _TRIM_SECONDS:
-            self._trimmed_at = now
+        self._pending, self._written_at = [], time.monotonic()
 
     def _sample(self) -> Activity:
         told = np.concatenate(self._pending)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.stream_log import read_stream, read_table
+from innerloop.evaluation.stream_log import read_table
 from innerloop.events import CODES
 from innerloop.learning.stream_log import StreamLog, stream_of
 
@@ -153,7 +153,7 @@ def test_a_folders_files_are_one_stream(tmp_path: Path) -> None:
     _write(tmp_path / "b.parquet", [(0, 0, 1), (1, 1, 4)])
     _write(tmp_path / "a.parquet", [(0, 2, 2), (2, 3, 3)])
     (tmp_path / "notes.txt").write_text("not events")
-    log = read_stream(tmp_path)
+    log = stream_of(read_table(tmp_path).events)
     assert (log.times - log.times[0]).tolist() == [0, 1, 2, 3]
     assert [log.item_ids[item] for item in log.items] == ["i0", "i2", "i3", "i1"]
 
@@ -168,11 +168,11 @@ def test_history_gives_only_what_is_before_the_data(tmp_path: Path) -> None:
 
 def test_a_folder_without_events_says_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"holds none of .*parquet.* put the events there"):
-        read_stream(tmp_path)
+        read_table(tmp_path)
 
 
 def test_a_file_without_rows_says_so(tmp_path: Path) -> None:
     empty = tmp_path / "empty.parquet"
     _table([(0, 0, 0)]).clear().write_parquet(empty)
     with pytest.raises(SettingsError, match="has no events"):
-        read_stream(empty)
+        read_table(empty)

@@ -1,4 +1,4 @@
-"""Reading files of events into a stream log."""
+"""Reading files of events for the stream protocol."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,6 @@ import polars as pl
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
-from innerloop.learning.stream_log import StreamLog, stream_of
 
 _READABLE = (".csv", ".jsonl", ".ndjson", ".parquet")
 
@@ -29,11 +28,6 @@ def read_table(path: Path, *, history: Path | None = None) -> EventTable:
         return EventTable(table, 0)
     before = _table(history).filter(pl.col("event_time") < table["event_time"][0])
     return EventTable(pl.concat([before, table], how="diagonal_relaxed"), before.height)
-
-
-def read_stream(path: Path, *, seed: int = 0) -> StreamLog:
-    """Read a file or a folder of events as a stream log. Raises SettingsError when there is nothing to read."""
-    return stream_of(read_table(path).events, seed=seed)
 
 
 def _table(path: Path) -> pl.DataFrame:
