@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from innerloop.errors import ServiceError, SettingsError
 
@@ -116,8 +117,12 @@ class KafkaServer:
         temporary: bool = False,
         version: str | None = None,
         announce: Callable[[str], None] = print,
+        listeners: Mapping[str, int] = MappingProxyType({}),
+        properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`listeners` are further ones, name -> port, which `properties` describe along with anything else."""
         self.folder = folder.absolute()
+        self._listeners, self._own_properties = dict(listeners), dict(properties)
         self.port, self._controller_port = free_ports(2)
         self.version = version or chosen_version()
         self._temporary = temporary
@@ -145,7 +150,7 @@ class KafkaServer:
     def _start(self, java_options: Sequence[str]) -> None:
         self._jars = provide_jars(self.version, self._announce)
         self._prepare_folder()
-        require_free("Kafka", [self.port, self._controller_port])
+        require_free("Kafka", [self.port, self._controller_port, *self._listeners.values()])
         self._process = process = WatchedProcess(self._order(java_options))
         process.wait_ready(lambda: STARTED in process.new_log(), START_SECONDS)
         if REFUSED_IMAGE.search(process.new_log()):
@@ -215,14 +220,16 @@ class KafkaServer:
             self._format()
 
     def _properties(self) -> str:
-        broker, controller = f"127.0.0.1:{self.port}", f"127.0.0.1:{self._controller_port}"
+        listeners = {"PLAINTEXT": self.port, **self._listeners}
+        clients = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners.items())
+        controller = f"127.0.0.1:{self._controller_port}"
         places = {
-            "listeners": f"PLAINTEXT://{broker},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{broker}",
+            "listeners": f"{clients},CONTROLLER://{controller}",
+            "advertised.listeners": clients,
             "controller.quorum.voters": f"1@{controller}",
             "log.dirs": str(self._data),
         }
-        return "".join(f"{name}={value}\n" for name, value in {**SETTINGS, **places}.items())
+        return "".join(f"{name}={value}\n" for name, value in {**SETTINGS, **places, **self._own_properties}.items())
 
     def _format(self) -> None:
         """What Kafka's format command does, without its Java: two files, one of them the same for everyone.

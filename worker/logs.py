@@ -1,4 +1,7 @@
-"""Structured logs to standard error: for people on a terminal, JSON lines otherwise."""
+"""Structured logs to standard error: for people on a terminal, JSON lines otherwise.
+
+Tracebacks come without the values of local variables: passwords are among them, and users' data.
+"""
 
 import logging
 import sys
@@ -18,11 +21,14 @@ def configure_logs(settings: Settings, **bound: object) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     )
     final: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_json:
-        final.append(structlog.processors.dict_tracebacks)
+        without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        final.append(structlog.processors.ExceptionRenderer(without_locals))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*final, renderer]))
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
@@ -30,6 +36,7 @@ def configure_logs(settings: Settings, **bound: object) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Its warnings are of retries that it makes by itself, one at every start.
     logging.getLogger("librdkafka").setLevel(logging.ERROR)
+    logging.getLogger("librdkafka").addFilter(_is_no_refusal)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -37,3 +44,9 @@ def configure_logs(settings: Settings, **bound: object) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**bound)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """A refused login is tried again many times a second; streams/clients.py tells of it in a sentence."""
+    text = record.getMessage()
+    return not (text.startswith("FAIL ") and ("SASL authentication error" in text or "SSL handshake failed" in text))

@@ -12,8 +12,10 @@ import shutil
 import signal
 import stat
 import subprocess
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from innerloop.errors import ServiceError, SettingsError
@@ -44,8 +46,17 @@ class PostgresServer:
     machine can reach the port, and a superuser can run programs.
     """
 
-    def __init__(self, folder: Path, *, temporary: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        temporary: bool = False,
+        programs: Path | None = None,
+        options: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`programs` has the `bin` of another build than the wheel's, of the same major version; `options` are its."""
         self.folder = folder.absolute()
+        self._programs, self._options = programs, options
         self.port = free_ports(1)[0]
         self._temporary = temporary
         self._process: WatchedProcess | None = None
@@ -99,7 +110,7 @@ class PostgresServer:
         return self.folder / "data"
 
     def _order(self) -> Order:
-        options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+        options = [f"--{name}={value}" for name, value in {**OPTIONS, **self._options}.items()]
         return Order(
             name="PostgreSQL",
             command=[str(self._bin / "postgres"), "-D", str(self._data), f"--port={self.port}", *options],
@@ -144,7 +155,7 @@ class PostgresServer:
     @cached_property
     def _bin(self) -> Path:
         """The programs, where the user that runs them can reach them."""
-        install = wheel_folder()
+        install = self._programs or wheel_folder()
         if self._identity and closed_to_others(install):
             install = _copy_programs(install, self.folder / "programs")
         return install / "bin"

@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import psycopg2
-from sqlalchemy import Connection, Engine, create_engine, inspect
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
+from innerloop import certificates
 from innerloop.config import DatabaseSettings
 from innerloop.errors import RetryError, ServiceError, SettingsError
 from innerloop.store.tables import metadata
 
 if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Session  # noqa: N812 - likewise
     from psycopg2.extensions import cursor as Cursor  # noqa: N812 - the driver names its class so
 
 Database = Engine
@@ -22,8 +25,16 @@ Database = Engine
 Transaction = Connection
 """What `transaction` gives and the functions of this package take."""
 
-# Deadlock, serialization failure, lock timeout, query cancelled: the same transaction may pass the next time.
-_PASSING = {"40P01", "40001", "55P03", "57014", "57P01", "57P02", "57P03", "53300"}
+FROZEN_SECONDS = 20.0
+"""A session that is in a transaction and says nothing for so long is ended by the server."""
+
+# Deadlock, serialization failure, lock timeout, query cancelled, a transaction that said nothing for too long: the same
+# transaction may pass the next time.
+_PASSING = {"40P01", "40001", "55P03", "57014", "57P01", "57P02", "57P03", "53300", "25P03"}
+_NOT_ALLOWED, _NO_ROLE = "42501", "42704"
+_PORT = 5432
+_DEFAULT_AUTHORITIES = "~/.postgresql/root.crt"
+"""libpq's own: https://www.postgresql.org/docs/current/libpq-ssl.html."""
 
 
 def connect(settings: DatabaseSettings) -> Engine:
@@ -37,17 +48,27 @@ def connect(settings: DatabaseSettings) -> Engine:
             url = url.set(drivername="postgresql+psycopg2")
         if url.drivername != "postgresql+psycopg2":
             raise SettingsError(f"INNERLOOP_DATABASE__URL names {url.drivername}: only postgresql is supported.")
-        return create_engine(
+        engine = create_engine(
             url,
             poolclass=QueuePool,
             pool_size=1,
             max_overflow=1,
             connect_args={"connect_timeout": 5, "application_name": "innerloop", "keepalives_idle": 30},
+            hide_parameters=True,  # users' data has no place in an error's text
         )
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # a ValueError quotes what stands where the port should
         raise SettingsError(
             "INNERLOOP_DATABASE__URL is not an address: write postgresql://user:password@host:5432/database."
         ) from None
+    event.listen(engine, "connect", _let_go_when_frozen)
+    return engine
+
+
+def _let_go_when_frozen(session: "Session", _record: object) -> None:
+    """A process that is stopped in mid-transaction holds its locks, and with them whoever takes over: not for long."""
+    with session.cursor() as cursor:
+        cursor.execute("SET idle_in_transaction_session_timeout = %s", (int(FROZEN_SECONDS * 1000),))
+    session.commit()
 
 
 @contextmanager
@@ -60,15 +81,17 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         if is_passing(error):
             engine.dispose()
             raise RetryError(f"The database is away: {_first_line(error)}") from error
+        if _code(error) == _NOT_ALLOWED:
+            raise refusal(engine, error) from None
         raise
 
 
 def is_passing(error: DBAPIError | psycopg2.Error) -> bool:
     """Whether the same statement may succeed later."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    code = getattr(cause, "pgcode", None)
+    code = _code(error)
     if code is not None:
         return code in _PASSING or code.startswith("08")
+    cause = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(cause, psycopg2.OperationalError | psycopg2.InterfaceError)
 
 
@@ -82,13 +105,44 @@ def require_tables(engine: Engine) -> None:
     try:
         present = set(inspect(engine).get_table_names())
     except DBAPIError as error:
-        raise ServiceError(
-            f"The database at {engine.url.render_as_string(hide_password=True)} refuses ({_first_line(error)}): "
-            "start it, or correct INNERLOOP_DATABASE__URL."
-        ) from None
+        raise refusal(engine, error) from None
     missing = sorted(set(metadata.tables) - present)
     if missing:
         raise ServiceError(f"The database has no table {missing[0]}: run `innerloop migrate`.")
+
+
+def refusal(engine: Engine, error: DBAPIError | psycopg2.Error, does: str = "refuses") -> ServiceError:
+    """What to raise when the database `does` something that an operator must mend; no secret is in its sentence."""
+    url, why = engine.url, _first_line(error)
+    where = f"{url.host or 'its socket'}:{url.port or _PORT}/{url.database or ''}"
+    hint = "start it, or correct INNERLOOP_DATABASE__URL"
+    if "password" in why:
+        hint = "correct user and password in INNERLOOP_DATABASE__URL"
+    elif "no encryption" in why:
+        hint = "add sslmode=verify-full to INNERLOOP_DATABASE__URL"
+    elif "certificate" in why:
+        why = f"{why}: {_certificate(url)}" if "verify failed" in why else why
+        hint = "renew the server's certificate, or correct sslrootcert and host in INNERLOOP_DATABASE__URL"
+    elif _code(error) == _NOT_ALLOWED:
+        hint = f"run `innerloop migrate` as the owner of the tables, with --grant-to {url.username} for this role"
+    elif _code(error) == _NO_ROLE:
+        hint = "make the role first, with CREATE ROLE"
+    return ServiceError(f"The database at {where} {does} ({why}): {hint}.")
+
+
+def _certificate(url: URL) -> str:
+    """Why libpq does not accept the server's certificate."""
+    given = str(url.query.get("sslrootcert", _DEFAULT_AUTHORITIES))
+    authorities = None if given == "system" else Path(given).expanduser()
+    return certificates.why_refused(
+        url.host or "localhost", url.port or _PORT, authorities, certificates.POSTGRES_GREETING
+    )
+
+
+def _code(error: DBAPIError | psycopg2.Error) -> str | None:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    code: str | None = getattr(cause, "pgcode", None)
+    return code
 
 
 def _first_line(error: DBAPIError | psycopg2.Error) -> str:

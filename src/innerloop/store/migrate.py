@@ -2,10 +2,12 @@
 
 from alembic import command
 from alembic.config import Config
+from psycopg2 import Error, sql
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from innerloop.errors import ServiceError
+from innerloop.store.database import cursor_of, refusal
+from innerloop.store.tables import metadata
 
 
 def migrate(engine: Engine) -> None:
@@ -19,8 +21,29 @@ def migrate(engine: Engine) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except DBAPIError as error:
-        address = engine.url.render_as_string(hide_password=True)
-        raise ServiceError(
-            f"The database at {address} cannot be migrated ({str(error.orig).strip().splitlines()[0]}): "
-            "start it, or correct INNERLOOP_DATABASE__URL."
-        ) from None
+        raise refusal(engine, error, "cannot be migrated") from None
+
+
+def grant(engine: Engine, role: str) -> None:
+    """Let `role` do what every process but `migrate` does: read and write the tables, and keep temporary ones.
+
+    To be run again after each migration, as the owner of the tables. Raises ServiceError.
+    """
+    try:
+        with engine.begin() as connection:
+            cursor = cursor_of(connection)
+            cursor.execute("SELECT current_database(), current_schema()")
+            database, schema = (sql.Identifier(name) for name in cursor.fetchone() or ())
+            tables = sql.SQL(", ").join(sql.Identifier(name) for name in sorted(metadata.tables))
+            for statement in _GRANTS:
+                known = {"database": database, "schema": schema, "tables": tables, "role": sql.Identifier(role)}
+                cursor.execute(sql.SQL(statement).format(**known))
+    except (DBAPIError, Error) as error:
+        raise refusal(engine, error, f"does not let {role} in") from None
+
+
+_GRANTS = (
+    "GRANT CONNECT, TEMPORARY ON DATABASE {database} TO {role}",
+    "GRANT USAGE ON SCHEMA {schema} TO {role}",
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO {role}",
+)

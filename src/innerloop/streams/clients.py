@@ -1,23 +1,31 @@
 """Kafka clients as this project configures them: one place for every property that a guarantee rests on."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from innerloop.config import KafkaSettings
 from innerloop.errors import ServiceError, SettingsError
+from innerloop.streams.refusals import REFUSALS, Refusals, sentence
+from innerloop.streams.waiting import Repeats
 
 Client = TypeVar("Client")
 Value = str | int | float | bool
+_LOOK_SECONDS = 0.5
 _LOG = logging.getLogger("librdkafka")
+_LOG.addFilter(Repeats())
 
 # Owned by a guarantee: a pass-through that changed them would break it silently.
 _RESERVED = {
     "bootstrap.servers": "set kafka.bootstrap_servers",
     "metadata.broker.list": "set kafka.bootstrap_servers",
+    "group.instance.id": "set kafka.static_membership",
     "group.id": "set kafka.ingest_group and kafka.adapt_group",
     "enable.auto.commit": "offsets are committed after the database",
     "enable.auto.offset.store": "offsets are committed after the database",
@@ -30,6 +38,14 @@ _RESERVED = {
     "transactional.id": "transactions are not used",
 }
 
+# librdkafka itself does not say which file it misses.
+_FILES = {
+    "ssl.ca.location",
+    "ssl.certificate.location",
+    "ssl.key.location",
+    "ssl.crl.location",
+    "ssl.keystore.location",
+}
 
 # How partitions come to members. In both, those that stay are never paused.
 _GROUP: dict[str, dict[str, Value]] = {
@@ -47,7 +63,8 @@ _GROUP: dict[str, dict[str, Value]] = {
 def properties(settings: KafkaSettings, **own: Value) -> dict[str, Any]:
     """The librdkafka properties of one client: ours, then what the deployment passes through.
 
-    Raises SettingsError when there is no broker address or a pass-through property is one a guarantee rests on.
+    Raises SettingsError when there is no broker address, a pass-through property is one a guarantee rests on, or one
+    names a file that is not there.
     """
     if not settings.bootstrap_servers:
         raise SettingsError(
@@ -57,10 +74,16 @@ def properties(settings: KafkaSettings, **own: Value) -> dict[str, Any]:
         if name in _RESERVED:
             raise SettingsError(f"kafka.properties may not set {name}: {_RESERVED[name]}.")
     passed = {name: value.get_secret_value() for name, value in settings.properties.items()}
+    for name in _FILES & passed.keys():
+        if passed[name] != "probe" and not Path(passed[name]).exists():
+            raise SettingsError(f"kafka.properties has {name} {passed[name]}, which does not exist: correct it.")
     return {
         "bootstrap.servers": settings.bootstrap_servers,
         "client.id": "innerloop",
         "topic.metadata.refresh.interval.ms": 30_000,
+        # After a long outage the next attempt comes within this: the default of 10 s would add to the outage.
+        "reconnect.backoff.max.ms": 1_000,
+        "error_cb": Refusals(settings),
         **{name.replace("_", "."): value for name, value in own.items()},
         **passed,
     }
@@ -70,11 +93,21 @@ def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
     try:
         return kind(dict(config), logger=_LOG)  # type: ignore[call-arg]
     except KafkaException as error:
-        raise SettingsError(f"Kafka settings are refused: {error.args[0].str()}.") from None
+        raise SettingsError(f"Kafka settings are refused: {error.args[0].str().rstrip('.')}.") from None
+    except TypeError as error:  # a property that only a program can set, such as stats_cb
+        raise SettingsError(f"Kafka settings are refused: {error}.") from None
 
 
-def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
-    """A consumer that starts at the oldest record and never commits by itself."""
+def consumer(
+    settings: KafkaSettings,
+    group: str,
+    on_commit: Callable[[KafkaError | None, list[TopicPartition]], None] | None = None,
+    **own: Value,
+) -> Consumer:
+    """A consumer that starts at the oldest record and never commits by itself; a poll tells `on_commit` how one went.
+
+    Its memory is bounded by `queued.max.messages.kbytes` and one answer to a fetch, whatever the lag.
+    """
     ours: dict[str, Value] = {
         "group_id": group,
         "enable_auto_commit": False,
@@ -90,7 +123,10 @@ def consumer(settings: KafkaSettings, group: str, **own: Value) -> Consumer:
         "fetch_queue_backoff_ms": 5,
         "fetch_error_backoff_ms": 100,
     }
-    return _made(Consumer, properties(settings, **{**ours, **_GROUP[settings.group_protocol], **own}))
+    config = properties(settings, **{**ours, **_GROUP[settings.group_protocol], **own})
+    if on_commit is not None:
+        config["on_commit"] = on_commit
+    return _made(Consumer, config)
 
 
 def producer(
@@ -114,17 +150,44 @@ def producer(
     return _made(Producer, config)
 
 
+def look_for_brokers(producer: Producer) -> None:
+    """Ask for the cluster again; whoever waits for a broker calls this now and then.
+
+    librdkafka 2.16 forgets a broker that a cluster does not list while it starts. A producer that only waits then asks
+    nobody any more, and what it holds would stay with it for good.
+    """
+    with suppress(KafkaException):  # away: its caller tries again
+        producer.list_topics(timeout=_LOOK_SECONDS)
+
+
 def admin(settings: KafkaSettings) -> AdminClient:
     """A client for topics, offsets and groups."""
     return _made(AdminClient, properties(settings))
 
 
 def require_broker(settings: KafkaSettings, seconds: float = 10.0) -> None:
-    """Raise ServiceError unless a broker answers within `seconds`."""
+    """Raise ServiceError unless a broker answers within `seconds`; at once when it answers with a refusal."""
+    refusals: list[KafkaError] = []
+    client = _made(AdminClient, {**properties(settings), "error_cb": refusals.append})
+    deadline, patience = time.monotonic() + seconds, 0.5
+    while (failure := _asked(client, min(patience, deadline - time.monotonic()))) is not None:
+        patience *= 2
+        for refusal in refusals:
+            if refusal.code() in REFUSALS:
+                raise ServiceError(sentence(settings, refusal))
+        if time.monotonic() > deadline - 0.01:
+            raise ServiceError(
+                f"No Kafka broker answers at {settings.bootstrap_servers} ({failure.str()}): "
+                "start it, or correct INNERLOOP_KAFKA__BOOTSTRAP_SERVERS."
+            )
+
+
+def _asked(client: AdminClient, seconds: float) -> KafkaError | None:
+    """Ask for the metadata; None when it came."""
     try:
-        admin(settings).list_topics(timeout=seconds)
+        client.list_topics(timeout=max(seconds, 0.1))
     except KafkaException as error:
-        raise ServiceError(
-            f"No Kafka broker answers at {settings.bootstrap_servers} ({error.args[0].str()}): "
-            "start it, or correct INNERLOOP_KAFKA__BOOTSTRAP_SERVERS."
-        ) from None
+        client.poll(0)  # delivers what it has heard of meanwhile
+        failure: KafkaError = error.args[0]
+        return failure
+    return None
