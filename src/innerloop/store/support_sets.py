@@ -1,4 +1,4 @@
-"""Support sets in Postgres, moved by binary COPY a whole batch at a time.
+"""Support sets, and impressions, which have the same layout, in Postgres: moved by binary COPY, a batch at a time.
 
 Layout of the stream: https://www.postgresql.org/docs/current/sql-copy.html (binary format) and `array_recv`: a
 one-dimensional array is ndim, has_null, element type, length, lower bound (int32 each, big-endian), then for each
@@ -8,10 +8,11 @@ element its length in bytes and its value.
 import io
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from innerloop.store.database import cursor_of
 from innerloop.support import EXAMPLE, Ints, SupportSets
@@ -50,19 +51,22 @@ _COLUMNS = (
 )
 _NAMES = "items, event_types, weights, event_times, event_hashes"
 
-_STAGE = text(
-    "CREATE TEMPORARY TABLE IF NOT EXISTS incoming_support_sets"
-    " (LIKE support_sets INCLUDING STORAGE) ON COMMIT DELETE ROWS"
-)
+Table = Literal["support_sets", "impressions"]
+"""Which of the two tables is meant: what users did, or what they were shown."""
+
+_STAGE = "CREATE TEMPORARY TABLE IF NOT EXISTS incoming_{0} (LIKE {0} INCLUDING STORAGE) ON COMMIT DELETE ROWS"
 # Users in order, so that two writers never wait for each other in a circle. The version is the guard against a second
-# writer of the same user: whoever was not shown version n - 1 cannot write n.
+# writer of the same user: whoever was not shown version n - 1 cannot write n. A row that was inserted has no xmax.
 _MERGE = f"""
-    INSERT INTO support_sets AS s (user_id, {_NAMES}, version)
-    SELECT user_id, {_NAMES}, version FROM incoming_support_sets ORDER BY user_id
+    WITH merged AS (
+    INSERT INTO {{0}} AS s (user_id, {_NAMES}, version)
+    SELECT user_id, {_NAMES}, version FROM incoming_{{0}} ORDER BY user_id
     ON CONFLICT (user_id) DO UPDATE SET
         items = excluded.items, event_types = excluded.event_types, weights = excluded.weights,
         event_times = excluded.event_times, event_hashes = excluded.event_hashes, version = excluded.version
     WHERE s.version = excluded.version - 1
+    RETURNING s.xmax = 0 AS inserted
+    ) SELECT count(*), count(*) FILTER (WHERE inserted) FROM merged
 """  # noqa: S608 - column names of ours
 
 
@@ -70,23 +74,39 @@ class SupportConflictError(Exception):
     """Another writer changed one of these users since it was read; read again and merge again."""
 
 
-def write(connection: Connection, users: list[str], sets: SupportSets, versions: Ints) -> None:
-    """Write sets, each with a version one above what is stored. Raises SupportConflictError; the caller rolls back."""
-    connection.execute(_STAGE)
+def write(
+    connection: Connection,
+    users: list[str],
+    sets: SupportSets,
+    versions: Ints,
+    *,
+    reborn: int = 0,
+    table: Table = "support_sets",
+) -> None:
+    """Write sets, each with a version one above what is stored. Raises SupportConflictError; the caller rolls back.
+
+    A user's first set has version 1, but for `reborn` of them, who were erased and came back. A set that is expected to
+    be there and isn't was deleted by somebody: that is a conflict, too, or the deleted would come back.
+    """
     cursor = cursor_of(connection)
-    cursor.copy_expert(
-        "COPY incoming_support_sets FROM STDIN (FORMAT binary)", io.BytesIO(encode(users, sets, versions))
-    )
-    cursor.execute(_MERGE)
-    if cursor.rowcount != len(users):
-        raise SupportConflictError(f"{len(users) - cursor.rowcount} of {len(users)} users have another writer")
+    cursor.execute(_STAGE.format(table))
+    cursor.copy_expert(f"COPY incoming_{table} FROM STDIN (FORMAT binary)", io.BytesIO(encode(users, sets, versions)))
+    cursor.execute(_MERGE.format(table))
+    written, inserted = cursor.fetchone() or (0, 0)
+    expected = int((versions == 1).sum()) + reborn
+    if written != len(users):
+        raise SupportConflictError(f"{len(users) - written} of {len(users)} users have another writer")
+    if inserted != expected:
+        raise SupportConflictError(f"{inserted} of {len(users)} users had no set, {expected} were thought to have none")
 
 
-def read(connection: Connection, users: list[str]) -> tuple[list[str], SupportSets, Ints]:
+def read(
+    connection: Connection, users: list[str], *, table: Table = "support_sets"
+) -> tuple[list[str], SupportSets, Ints]:
     """The stored ones among `users`, in the table's order: identifiers, sets and versions [T]."""
     cursor = cursor_of(connection)
     query = cursor.mogrify(
-        f"COPY (SELECT user_id, {_NAMES}, version FROM support_sets WHERE user_id = ANY(%s))"  # noqa: S608
+        f"COPY (SELECT user_id, {_NAMES}, version FROM {table} WHERE user_id = ANY(%s))"  # noqa: S608
         " TO STDOUT (FORMAT binary)",
         (users,),
     )

@@ -23,6 +23,21 @@ class Record:
     headers: tuple[tuple[str, bytes | None], ...]
 
 
+def record_of(message: Message) -> Record:
+    """What a message that is no error brought."""
+    headers = message.headers() or []
+    pairs = tuple((str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers)
+    return Record(
+        topic=message.topic() or "",
+        partition=message.partition() or 0,
+        offset=message.offset() or 0,
+        timestamp_ms=int(message.timestamp()[1]),
+        key=message.key(),
+        value=message.value(),
+        headers=pairs,
+    )
+
+
 class Batch:
     """Messages of one poll, in offset order within each partition, none of them an error."""
 
@@ -58,24 +73,29 @@ class Batch:
         return {partition: last + 1 for partition, last in self._last(self._topics, self._numbers, self.offsets)}
 
     @cached_property
+    def _first_positions(self) -> dict[Partition, int]:
+        backwards = range(len(self) - 1, -1, -1)
+        return dict(self._last(self._topics[::-1], self._numbers[::-1], backwards))
+
+    @property
     def first_offsets(self) -> dict[Partition, int]:
-        return dict(self._last(self._topics[::-1], self._numbers[::-1], self.offsets[::-1]))
+        return {partition: self.offsets[position] for partition, position in self._first_positions.items()}
+
+    @property
+    def appended_ms(self) -> int:
+        """When the oldest of these records was put on its topic, as far as the first of each partition tell."""
+        return min(map(self.timestamp_ms, self._first_positions.values()))
 
     @staticmethod
-    def _last(topics: list[str], numbers: list[int], offsets: list[int]) -> Iterable[tuple[Partition, int]]:
-        return dict(zip(zip(topics, numbers, strict=True), offsets, strict=True)).items()
+    def _last(topics: list[str], numbers: list[int], values: Sequence[int]) -> Iterable[tuple[Partition, int]]:
+        return dict(zip(zip(topics, numbers, strict=True), values, strict=True)).items()
 
     def timestamp_ms(self, position: int) -> int:
         """When the record was produced, by the broker's or producer's clock."""
         return int(self._messages[position].timestamp()[1])
 
     def record(self, position: int) -> Record:
-        message = self._messages[position]
-        (topic, partition), headers = self.partitions[position], message.headers() or []
-        pairs = tuple((str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers)
-        key, value = message.key(), self.values[position]
-        stamp = self.timestamp_ms(position)
-        return Record(topic, partition, self.offsets[position], stamp, key, value, pairs)
+        return record_of(self._messages[position])
 
     def keeping(self, wanted: Callable[[Partition], bool]) -> "Batch":
         """The records of the partitions that are wanted; itself when that is all of them."""

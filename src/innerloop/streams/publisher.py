@@ -22,9 +22,9 @@ class Publisher:
         self._failure: str | None = None
         self._producer: Any = clients.producer(settings, self._failed, **own)
 
-    def _failed(self, error: KafkaError | None, _: Message) -> None:
+    def _failed(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failure = error.str()
+            self._failure = f"{message.topic()} did not take a record: {error.str()}"
 
     def send(
         self,
@@ -54,6 +54,7 @@ class Publisher:
         waiting = self._producer.flush(seconds)
         failure, self._failure = self._failure, None
         if failure is not None:
-            raise RetryError(f"The broker did not take a record: {failure}")
+            raise RetryError(failure)
         if waiting:
+            clients.look_for_brokers(self._producer)
             raise RetryError(f"The broker has not taken {waiting} records for {seconds:g} s")

@@ -3,8 +3,8 @@
 Compaction keeps the last record of a key, not the highest version. A worker that slept past its session and wakes
 may still have a list in its send queue, older than one its successor has published, and that list would then be the
 one compaction keeps. Nothing can stop the send, so it is answered: every record carries its writer's epoch, the owner
-reads its own output, and a user with a stranger's record is adapted again. The watch's own position is committed, so a
-stranger's record is answered even when the owner dies between the two.
+reads its own output, and a user with a stranger's record, list or tombstone, is adapted again. The watch's own
+position is committed, so a stranger's record is answered even when the owner dies between the two.
 """
 
 import time
@@ -16,6 +16,7 @@ from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError
 from innerloop.streams import clients
 from innerloop.streams.publisher import Headers
+from innerloop.streams.waiting import close
 
 OWNER_HEADER = "innerloop.owner_epoch"
 _COMMIT_SECONDS = 1.0
@@ -69,7 +70,7 @@ class OutputWatch:
                 message.partition() or 0,
                 epochs.get(message.partition() or 0),
             )
-            if message.error() is not None or user is None or epoch is None or message.value() is None:
+            if message.error() is not None or user is None or epoch is None:
                 continue
             if dict(message.headers() or []).get(OWNER_HEADER) != str(epoch).encode():
                 found[user] = partition
@@ -88,7 +89,7 @@ class OutputWatch:
             return  # tried again in a second; a lost commit costs a repeat
 
     def close(self) -> None:
-        self._consumer.close()
+        close(self._consumer)
 
 
 def _user(key: str | bytes | None) -> str | None:
