@@ -22,6 +22,8 @@ _STOP_SECONDS = 10.0
 _SETTLED_SECONDS = 30.0
 _MAX_BACKOFF_SECONDS = 30.0
 _HOPELESS = {2, 3}
+MEMBER = "_INNERLOOP_MEMBER"
+"""A member's number in its pool: what its static membership is named by."""
 SUPERVISED = "_INNERLOOP_SUPERVISED"
 """Set for members: their standard input is a pipe that only the supervisor holds open, and they stop when it ends."""
 
@@ -31,16 +33,25 @@ class _Member:
     arguments: Sequence[str]
     process: subprocess.Popen[bytes]
     started: float
+    number: int
     failures: int = 0
     restart_at: float | None = None
 
 
 class Pool:
-    """Runs `innerloop <arguments>` once for each entry, until told to stop; output to `log` when one is given."""
+    """Runs `innerloop <arguments>` once for each entry, until told to stop; output to `log` when one is given.
 
-    def __init__(self, commands: Sequence[Sequence[str]], log: Path | None = None) -> None:
-        self._log = log
-        self._members = [_Member(command, self._start(command), time.monotonic()) for command in commands]
+    Member n shows its metrics and health on port n of `ports`, where they are given.
+    """
+
+    def __init__(
+        self, commands: Sequence[Sequence[str]], log: Path | None = None, *, ports: Sequence[int] = ()
+    ) -> None:
+        self._log, self._ports = log, ports
+        self._members = [
+            _Member(command, self._start(command, number), time.monotonic(), number)
+            for number, command in enumerate(commands)
+        ]
 
     @property
     def pids(self) -> list[int]:
@@ -76,7 +87,7 @@ class Pool:
             _LOG.error("process ended, starts again", why=_why(code), pid=member.process.pid, in_seconds=wait)
         elif now >= member.restart_at:
             _close(member.process)
-            member.process, member.started, member.restart_at = self._start(member.arguments), now, None
+            member.process, member.started, member.restart_at = self._start(member.arguments, member.number), now, None
 
     def stop(self) -> int:
         """SIGTERM to all; 0 when each finished its batch and left by itself, 1 when one had to be killed."""
@@ -96,10 +107,12 @@ class Pool:
             _close(process)
         return code
 
-    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start(self, arguments: Sequence[str], number: int) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches the supervisor, which stops the others in order.
         command = [sys.executable, "-m", "innerloop.worker", *arguments]
-        environment = {**os.environ, SUPERVISED: "1"}
+        environment = {**os.environ, SUPERVISED: "1", MEMBER: str(number)}
+        if self._ports:
+            environment["INNERLOOP_HTTP__PORT"] = str(self._ports[number])
         if self._log is None:
             return subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.PIPE)
         with self._log.open("ab") as log:

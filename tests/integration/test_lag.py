@@ -123,6 +123,9 @@ def test_lag_is_shown_as_a_table_and_as_json(
     assert len(lags) == 12
     assert sum(each["offsets"] for each in lags) == 3
     assert {each["group"] for each in lags} == {made.kafka.ingest_group, made.kafka.adapt_group}
+    assert {each["status"] for each in lags if each["offsets"]} == {"stopped"}, "nobody runs"
+    assert {each["status"] for each in lags if not each["offsets"]} == {"ok"}
+    assert all(each["catch_up_seconds"] is None for each in lags if each["offsets"]), "never"
 
 
 def test_a_missing_topic_is_a_sentence(settings: Settings) -> None:

@@ -8,6 +8,14 @@ def gpus() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
+def gpu_use(device: str) -> tuple[int, float]:
+    """Bytes that this process holds on the GPU, and the share of the last second in which the GPU worked at all.
+
+    The share is the driver's own (NVML): of all processes that use the GPU.
+    """
+    return torch.cuda.memory_reserved(device), torch.cuda.utilization(device) / 100
+
+
 def use_threads(count: int) -> None:
     """Let torch use `count` threads of the CPU; 0 leaves it to torch."""
     if count:

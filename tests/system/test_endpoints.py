@@ -1,0 +1,125 @@
+"""What the processes show on their ports, against what the broker and the database say."""
+
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import psycopg2
+from confluent_kafka import TopicPartition
+from shell import Shell
+
+from innerloop.config import Settings
+from innerloop.streams import clients
+from innerloop.streams.event_producer import EventProducer
+from innerloop.streams.lag import group_lag
+from innerloop.streams.topics import ensure_topics
+from innerloop.worker.watched_process import free_ports
+
+Wait = Callable[..., None]
+EVENT = '{{"event_id":"e{0}","event_type":"click","user_id":"u{1}","item_id":"i","event_time":1750000000000}}'
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and text; (0, "") when nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def sample(text: str, name: str, **labels: str) -> float | None:
+    """The value of a metric with these labels; None where it is not shown."""
+    wanted = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    found = re.search(rf"^{re.escape(name + (f'{{{wanted}}}' if wanted else ''))} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def send(settings: Settings, first: int, count: int) -> None:
+    producer = EventProducer(settings)
+    for number in range(first, first + count):
+        user = f"u{number % 50}"
+        producer.send(user, "click", EVENT.format(number, number % 50).encode())
+    producer.finish()
+
+
+def pair_of_ports() -> int:
+    """A free port whose next one is free too, as two members of a pool take them."""
+    while True:
+        (port,) = free_ports(1)
+        if get(port + 1, "/livez") == (0, ""):
+            return port
+
+
+def test_a_stuck_loop_turns_red_tells_its_stacks_and_recovers(shell: Shell, settings: Settings, wait_for: Wait) -> None:
+    ensure_topics(settings)
+    (port,) = free_ports(1)
+    ingest = shell.start("ingest", INNERLOOP_HTTP__PORT=str(port), INNERLOOP_HTTP__STUCK_AFTER_SECONDS="2")
+    wait_for(lambda: get(port, "/readyz")[0] == 200)
+    send(settings, 0, 100)
+    wait_for(lambda: sample(get(port, "/metrics")[1], "innerloop_events_total", outcome="stored") == 100)
+    with psycopg2.connect(settings.database.url.get_secret_value().replace("+psycopg2", "")) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE support_sets IN ACCESS EXCLUSIVE MODE")
+        send(settings, 100, 10)
+        wait_for(lambda: get(port, "/livez")[0] == 503)
+        assert get(port, "/readyz")[0] == 503
+        wait_for(lambda: "ingest.py" in shell.errors(ingest))
+    connection.close()
+    wait_for(lambda: get(port, "/livez")[0] == 200)
+    wait_for(lambda: sample(get(port, "/metrics")[1], "innerloop_events_total", outcome="stored") == 110)
+    assert shell.errors(ingest).count("Current thread") == 1, "once"
+
+
+def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
+    shell: Shell, settings: Settings, wait_for: Wait
+) -> None:
+    ensure_topics(settings)
+    port = pair_of_ports()
+    shell.start("ingest", "--processes", "2", INNERLOOP_HTTP__PORT=str(port))
+    for member in (port, port + 1):
+        wait_for(lambda member=member: get(member, "/readyz")[0] == 200)
+
+    def shown() -> dict[tuple[str, int], float]:
+        texts = [get(member, "/metrics")[1] for member in (port, port + 1)]
+        found = {}
+        for topic in settings.topics.events:
+            for partition in range(settings.topics.partitions):
+                where = {"group": settings.kafka.ingest_group, "topic": topic, "partition": str(partition)}
+                values = [sample(text, "innerloop_lag_offsets", **where) for text in texts]
+                known = [value for value in values if value is not None]
+                if len(known) == 1:  # exactly its owner shows it
+                    found[topic, partition] = known[0]
+        return found
+
+    everything = settings.topics.partitions * len(settings.topics.events)
+    wait_for(lambda: len(shown()) == everything)
+    with psycopg2.connect(settings.database.url.get_secret_value().replace("+psycopg2", "")) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE support_sets IN ACCESS EXCLUSIVE MODE")
+        send(settings, 0, 400)
+        told = {
+            (lag.topic, lag.partition): float(lag.offsets)
+            for lag in group_lag(settings, settings.kafka.ingest_group, settings.topics.events)
+        }
+        assert sum(told.values()) == 400
+        wait_for(lambda: shown() == told)
+    connection.close()
+    wait_for(lambda: sum(shown().values()) == 0)
+
+
+def test_a_gap_in_time_is_not_hidden_by_a_log_that_starts_late(settings: Settings) -> None:
+    """Lag is clamped to what the log still holds: deleted records are no work that is left."""
+    ensure_topics(settings)
+    send(settings, 0, 200)
+    topic = settings.topics.clicks
+    admin = clients.admin(settings.kafka)
+    ends = {lag.partition: lag.end for lag in group_lag(settings, "nobody", [topic])}
+    gone = [TopicPartition(topic, partition, end) for partition, end in ends.items()]
+    for future in admin.delete_records(gone).values():
+        future.result(10)
+    assert sum(lag.offsets for lag in group_lag(settings, "nobody", [topic])) == 0

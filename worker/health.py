@@ -1,0 +1,93 @@
+"""Whether a process lives and is ready, by its loop's own progress rather than by its being there."""
+
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TextIO
+
+import structlog
+
+_LOG = structlog.get_logger(__name__)
+_LOOK_SECONDS = 1.0
+
+
+class Turning(Protocol):
+    """What `streams.loop.Loop` tells of itself."""
+
+    @property
+    def turned_at(self) -> float:
+        """When it last turned, by the monotonic clock."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has given it its partitions, none included."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer to a probe, with a sentence for people."""
+
+    good: bool
+    why: str
+
+
+class Health:
+    """Judges a loop. A loop that waits for an outage still turns, and lives; one that hangs in a call does not.
+
+    `watch` starts a thread that writes the stacks of all threads to `stacks`, once each time the loop gets stuck.
+    """
+
+    def __init__(
+        self,
+        loop: Turning,
+        stuck_after_seconds: float,
+        *,
+        stacks: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loop, self._stuck_after, self._clock = loop, stuck_after_seconds, clock
+        self._stacks = stacks or sys.stderr
+        self._dumped = False
+        self._stopped = threading.Event()
+
+    @property
+    def live(self) -> Verdict:
+        """Red when the loop has not turned for `stuck_after_seconds`."""
+        seconds = self._clock() - self._loop.turned_at
+        if seconds > self._stuck_after:
+            return Verdict(good=False, why=f"The loop has not turned for {seconds:.0f} s; its stacks are in the log.")
+        return Verdict(good=True, why="The loop turns.")
+
+    @property
+    def ready(self) -> Verdict:
+        """Red before the group has given partitions (the model is warm by then), and while the loop is stuck."""
+        live = self.live
+        if not live.good:
+            return live
+        if not self._loop.joined:
+            return Verdict(good=False, why="The consumer group has not given this process its partitions yet.")
+        return Verdict(good=True, why="In its group, and warm.")
+
+    def look(self) -> None:
+        """Dump the stacks when the loop has become stuck since it last turned."""
+        live = self.live
+        if live.good:
+            self._dumped = False
+        elif not self._dumped:
+            self._dumped = True
+            _LOG.error("stuck", why=live.why)
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    def watch(self) -> None:
+        """Look once a second, in a thread of its own, until `stop`."""
+        threading.Thread(target=self._watch, name="health", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            self.look()
+
+    def stop(self) -> None:
+        self._stopped.set()
