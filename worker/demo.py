@@ -35,6 +35,7 @@ from .processes import stop_on_signals
 from .replay import Pace, encode_events
 from .services import running_services
 from .train import train_release
+from .watched_process import free_ports, require_free
 
 _DRAIN_SECONDS = 120.0
 _TICK_SECONDS = 1.0
@@ -53,6 +54,7 @@ class DemoOptions:
     report: Path | None
     data: Path | None
     workers: int
+    console: bool
     seed: int
 
 
@@ -99,7 +101,7 @@ def _run(settings: Settings, options: DemoOptions, rate: float | None, console: 
             f"== training on {len(source.history):,} events of {source.name} {_since(started)}", highlight=False
         )
         release, _ = train_release(settings, engine, source.history)
-        demo = _Demo(settings, engine, release, folder, options.workers)
+        demo = _Demo(settings, engine, release, folder, options.workers, page=options.console)
         console.print(f"== {len(release.item_ids):,} items; workers start {_since(started)}", highlight=False)
         return demo.run(source, rate=rate, seconds=options.seconds, console=console, started=started)
 
@@ -120,8 +122,11 @@ def parse_rate(rate: str) -> float | None:
 class _Demo:
     """One run: the worker processes, the subscriber, and the accounts before and after."""
 
-    def __init__(self, settings: Settings, engine: Database, release: Release, folder: Path, workers: int) -> None:
+    def __init__(
+        self, settings: Settings, engine: Database, release: Release, folder: Path, workers: int, *, page: bool
+    ) -> None:
         self._settings, self._engine, self._workers, self._folder = settings, engine, workers, folder
+        self._page = _page_port(settings) if page else None
         self._subscriber = Subscriber(settings, unadapted_list(release, settings.adapt.top))
         self._producer = EventProducer(settings)
         self._before = self._accounts()
@@ -138,13 +143,11 @@ class _Demo:
     ) -> Report:
         """Start the workers, replay, drain, stop; see `Report`."""
         self._subscriber.start()
-        threads = str(max(1, (os.cpu_count() or 1) // self._workers))
-        members = [["adapt", "--member", "cpu", "--threads", threads] for _ in range(self._workers)]
-        pool = Pool([["ingest"], *members], log=self._folder / "workers.log")
+        pool = self._pool()
         try:
             self._wait_for_members(pool)
             stopping = stop_on_signals()
-            console.print(f"== the loop runs {_since(started)}", highlight=False)
+            console.print(f"== the loop runs {_since(started)}{self._page_sentence()}", highlight=False)
             began = time.monotonic()
             with LagReader(self._settings) as lags:
                 self.lag(lags)  # the first look opens connections, which would hold up the events
@@ -159,6 +162,19 @@ class _Demo:
         return self._report
 
     # --- running
+
+    def _pool(self) -> Pool:
+        threads = str(max(1, (os.cpu_count() or 1) // self._workers))
+        adapts = [["adapt", "--member", "cpu", "--threads", threads] for _ in range(self._workers)]
+        members, log = [["ingest"], *adapts], self._folder / "workers.log"
+        if self._page is None:
+            return Pool(members, log)
+        ports = free_ports(len(members) + 1)
+        os.environ["INNERLOOP_CONSOLE__TARGETS"] = json.dumps([f"127.0.0.1:{port}" for port in ports[:-1]])
+        return Pool([*members, ["console", "--port", str(self._page)]], log, ports=ports)
+
+    def _page_sentence(self) -> str:
+        return "" if self._page is None else f": look at http://{self._settings.console.host}:{self._page}/"
 
     def _wait_for_members(self, pool: Pool) -> None:
         """Wait until both groups own all their partitions: the clock of latency should not run before."""
@@ -305,6 +321,15 @@ def _rows(chunks: Iterator[pl.DataFrame], pace: Pace) -> Iterator[tuple[str, str
             yield row
 
 
+def _page_port(settings: Settings) -> int:
+    """The port set, or a free one where that is taken."""
+    try:
+        require_free("The page", [settings.console.port])
+    except ServiceError:
+        return free_ports(1)[0]
+    return settings.console.port
+
+
 def _source(options: DemoOptions) -> Source:
     if options.events is None:
         return shop_source(options.seed, int(time.time() * 1000))
@@ -316,6 +341,8 @@ def _point_at(bootstrap_servers: str, database_url: str, folder: Path) -> None:
     os.environ["INNERLOOP_KAFKA__BOOTSTRAP_SERVERS"] = bootstrap_servers
     os.environ["INNERLOOP_DATABASE__URL"] = SecretStr(database_url).get_secret_value()
     os.environ["INNERLOOP_LEARNING__RELEASES_DIR"] = str(folder / "releases")
+    # The synthetic shop's clicks have no order to learn, and nobody should wait while that is found out.
+    os.environ.setdefault("INNERLOOP_LEARNING__SEQUENCE", "off")
 
 
 @contextmanager

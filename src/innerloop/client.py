@@ -30,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _BATCH = 1_000
 _ANSWER_SECONDS = 10.0
 _COMMIT_SECONDS = 1.0
+_REASON_SECONDS = 3.0
 _STEP_SECONDS = 0.25  # how soon a reader in another thread sees `stop`
 
 
@@ -111,6 +112,11 @@ class ScoreReader:
         """The user's newest record among what was read so far."""
         found = [record for view in self._all() if (record := view.get(user_id))]
         # More than one only when the topic's partitions were increased: then the same rule decides.
+        return max(found, key=lambda record: (*record.order, record.scored_at), default=None)
+
+    def get_before(self, user_id: str) -> Record | None:
+        """The record that the user's newest one replaced, if it was read; only where one `user_id` was asked for."""
+        found = [record for view in self._all() if (record := view.get_before(user_id))]
         return max(found, key=lambda record: (*record.order, record.scored_at), default=None)
 
     @property
@@ -299,11 +305,18 @@ _HOPELESS = frozenset(
 
 
 def newest(where: Settings | str, model: Model, user_id: str, timeout: float = 30.0) -> Record | None:
-    """Find one user's newest scores, or None.
+    """Find one user's newest scores, or None; raises as `newest_two` does."""
+    return newest_two(where, model, user_id, timeout)[0]
+
+
+def newest_two(
+    where: Settings | str, model: Model, user_id: str, timeout: float = 30.0
+) -> tuple[Record | None, Record | None]:
+    """Find one user's newest scores and those before them, which compaction may have removed.
 
     Reads the user's partition, and the others only where that one has nothing, which is so after the topic's partitions
-    were increased. Raises ServiceError when no broker answers or the topic
-    does not exist, RetryError when reading takes longer than `timeout` seconds.
+    were increased. Raises ServiceError when no broker answers or the topic does not exist, RetryError when reading
+    takes longer than `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     kafka = KafkaSettings(bootstrap_servers=where) if isinstance(where, str) else where.kafka
@@ -315,8 +328,8 @@ def newest(where: Settings | str, model: Model, user_id: str, timeout: float = 3
         with ScoreReader(where, model, user_id=user_id, partitions=partitions) as reader:
             reader.wait_until_current(deadline - time.monotonic())
             if record := reader.get(user_id):
-                return record
-    return None
+                return record, reader.get_before(user_id)
+    return None, None
 
 
 def _partition_count(consumer: Consumer, kafka: KafkaSettings, topic: str) -> int:
@@ -324,6 +337,7 @@ def _partition_count(consumer: Consumer, kafka: KafkaSettings, topic: str) -> in
     try:
         topics = consumer.list_topics(timeout=_ANSWER_SECONDS).topics
     except KafkaException as error:
+        clients.require_broker(kafka, _REASON_SECONDS)  # a refusal has a sentence of its own
         raise ServiceError(
             f"No Kafka broker answers at {kafka.bootstrap_servers} ({error.args[0].str()}): "
             "start it, or correct the address."

@@ -42,12 +42,18 @@ class ScoreView:
         self._only = None if user_id is None else user_id.encode()
         self._orders: dict[bytes, tuple[int, int, int]] = {}
         self._values: dict[bytes, bytes] = {}
+        self._replaced: dict[bytes, bytes] = {}  # of the only user: for everybody it would double the memory
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, user_id: str) -> Record | None:
         value = self._values.get(user_id.encode())
+        return None if value is None else self._decode(value)
+
+    def get_before(self, user_id: str) -> Record | None:
+        """The record that the newest one has replaced; only in a view of one user, None in others."""
+        value = self._replaced.get(user_id.encode())
         return None if value is None else self._decode(value)
 
     def users(self) -> list[str]:
@@ -60,6 +66,7 @@ class ScoreView:
         if key is not None and value is None:
             self._orders.pop(key, None)
             self._values.pop(key, None)
+            self._replaced.pop(key, None)
             return Tombstone(key.decode(errors="replace"))
         record = self._decoded(key, value or b"")
         if key is None or value is None or record is None:
@@ -68,6 +75,8 @@ class ScoreView:
         if order <= self._orders.get(key, _BEFORE_ALL):
             self.stale_dropped += 1
             return None
+        if self._only is not None and key in self._values:
+            self._replaced[key] = self._values[key]
         self._orders[key], self._values[key] = order, value
         return record
 

@@ -16,13 +16,14 @@ def environment(settings: Settings) -> dict[str, str]:
     return {
         "INNERLOOP_KAFKA": json.dumps({**settings.kafka.model_dump(), "properties": revealed}),
         "INNERLOOP_TOPICS": settings.topics.model_dump_json(),
+        "INNERLOOP_LEARNING__SEQUENCE": "off",  # trains in seconds
         "INNERLOOP_DATABASE__URL": settings.database.url.get_secret_value(),
     }
 
 
 def _shell(folder: Path, variables: Mapping[str, str]) -> Iterator[Shell]:
-    outer = {name: value for name, value in os.environ.items() if not name.startswith("INNERLOOP_")}
-    # Wide enough that no sentence is broken into lines.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("INNERLOOP_", "PYTEST_"))}
+    # No process may find out that it is tested. Wide enough that no sentence is broken into lines.
     shell = Shell(folder, {**outer, "COLUMNS": "1000", **variables})
     yield shell
     shell.close()

@@ -8,6 +8,11 @@ def events_handled(connection: Connection) -> int:
     return int(connection.execute(text("SELECT coalesce(sum(next_offset), 0) FROM partition_ledger")).scalar_one())
 
 
+def users(connection: Connection) -> int:
+    """How many users have a support set."""
+    return int(connection.execute(text("SELECT count(*) FROM support_sets")).scalar_one())
+
+
 def versions(connection: Connection) -> dict[str, int]:
     """The version of every user's support set."""
     rows = connection.execute(text("SELECT user_id, version FROM support_sets"))

@@ -90,6 +90,15 @@ def items_numbered(connection: Connection, numbers: Sequence[int]) -> list[tuple
     return [(row.item_no, row.item_id, row.category) for row in rows]
 
 
+def categories_of(connection: Connection, item_ids: Sequence[str]) -> dict[str, str]:
+    """The category of each of these items that has one."""
+    rows = connection.execute(
+        text("SELECT item_id, category FROM items WHERE item_id = ANY(:items) AND category IS NOT NULL"),
+        {"items": list(item_ids)},
+    )
+    return {row.item_id: row.category for row in rows}
+
+
 def active_ads(connection: Connection, days: float) -> list[tuple[str, int]]:
     """(ad_id, item_no) of ads with an event in the last `days`."""
     query = text(

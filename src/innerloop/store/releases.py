@@ -30,5 +30,12 @@ def register(connection: Connection, version: int, card: dict[str, Any], locatio
 
 def newest(connection: Connection) -> RegisteredRelease | None:
     """The release in force, or None before the first training."""
-    row = connection.execute(text("SELECT version, location, card FROM releases ORDER BY version DESC LIMIT 1")).first()
-    return None if row is None else RegisteredRelease(row.version, row.location, row.card)
+    return next(iter(newest_few(connection, 1)), None)
+
+
+def newest_few(connection: Connection, count: int) -> list[RegisteredRelease]:
+    """The newest `count` releases, the one in force first."""
+    rows = connection.execute(
+        text("SELECT version, location, card FROM releases ORDER BY version DESC LIMIT :count"), {"count": count}
+    )
+    return [RegisteredRelease(row.version, row.location, row.card) for row in rows]
