@@ -10,12 +10,14 @@ from rich.console import Console
 from innerloop.config import Settings, load_settings
 from innerloop.errors import InnerloopError, StopError
 
-from . import evaluate
+from . import dlq, evaluate
 from .logs import configure_logs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(dlq.app, name="dlq")
 _ERR = Console(stderr=True)
+_ACCEPT_GAP = "Where retention has passed us, go on with the oldest record there is; the gap is recorded."
 
 
 def main() -> None:
@@ -36,6 +38,15 @@ def _settings(process: str) -> Settings:
     return settings
 
 
+def _settings_with_broker(process: str) -> Settings:
+    """Raises ServiceError with the reason when no broker lets us in: what is asked later would only go unanswered."""
+    from innerloop.streams.clients import require_broker  # noqa: PLC0415
+
+    settings = _settings(process)
+    require_broker(settings.kafka)
+    return settings
+
+
 @app.command()
 def up(
     data: Annotated[Path | None, typer.Option(help="Keep the data here; without it, it is temporary.")] = None,
@@ -53,13 +64,20 @@ def config() -> None:
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    grant_to: Annotated[str | None, typer.Option(help="Let this role read and write the tables, no more.")] = None,
+) -> None:
     """Bring the database to the newest table layout."""
     from innerloop.store.database import connect  # noqa: PLC0415
+    from innerloop.store.migrate import grant  # noqa: PLC0415
     from innerloop.store.migrate import migrate as run  # noqa: PLC0415
 
-    run(connect(_settings("migrate").database))
+    engine = connect(_settings("migrate").database)
+    run(engine)
     typer.echo("The tables are up to date.")
+    if grant_to is not None:
+        grant(engine, grant_to)
+        typer.echo(f"{grant_to} may read and write them.")
 
 
 @app.command()
@@ -67,21 +85,22 @@ def topics() -> None:
     """Make the topics that are missing; those that exist are left as they are."""
     from innerloop.streams.topics import ensure_topics  # noqa: PLC0415
 
-    made = ensure_topics(_settings("topics"))
+    made = ensure_topics(_settings_with_broker("topics"))
     typer.echo(f"Made: {', '.join(made)}" if made else "All topics exist.")
 
 
 @app.command()
 def ingest(
     processes: Annotated[int, typer.Option(min=1, help="Members of the consumer group on this machine.")] = 1,
+    accept_gap: Annotated[bool, typer.Option("--accept-gap", help=_ACCEPT_GAP)] = False,  # noqa: FBT002
 ) -> None:
     """Store events as support sets and ask for adaptation, until SIGTERM."""
     settings = _settings("ingest")
     if processes > 1:
-        _run_pool([["ingest"]] * processes)
+        _run_pool([["ingest", *_flag(accept_gap=accept_gap)]] * processes, settings.http.port)
     from .processes import run_ingest  # noqa: PLC0415
 
-    run_ingest(settings)
+    run_ingest(settings, accept_gap=accept_gap)
 
 
 @app.command()
@@ -90,6 +109,7 @@ def adapt(
     devices: Annotated[str, typer.Option(help="auto, cpu, or a list such as cuda:0,cuda:1.")] = "auto",
     member: Annotated[str | None, typer.Option(hidden=True)] = None,
     threads: Annotated[int, typer.Option(hidden=True)] = 0,
+    accept_gap: Annotated[bool, typer.Option("--accept-gap", help=_ACCEPT_GAP)] = False,  # noqa: FBT002
 ) -> None:
     """Adapt the users asked for and publish their scores, until SIGTERM."""
     settings = _settings("adapt")
@@ -98,21 +118,35 @@ def adapt(
     if member is None:
         _run_pool(
             [
-                ["adapt", "--member", share.device, "--threads", str(share.threads)]
+                ["adapt", "--member", share.device, "--threads", str(share.threads), *_flag(accept_gap=accept_gap)]
                 for share in shares(devices, processes)
-            ]
+            ],
+            settings.http.port,
         )
     from .processes import run_adapt  # noqa: PLC0415
 
-    run_adapt(settings, member or "cpu", threads)
+    run_adapt(settings, member or "cpu", threads, accept_gap=accept_gap)
 
 
-def _run_pool(commands: list[list[str]]) -> None:
+def _flag(*, accept_gap: bool) -> list[str]:
+    return ["--accept-gap"] if accept_gap else []
+
+
+def _run_pool(commands: list[list[str]], http_port: int) -> None:
     from .pool import Pool  # noqa: PLC0415
     from .processes import stop_on_signals  # noqa: PLC0415
 
     stopping = stop_on_signals()
-    sys.exit(Pool(commands).run(stopping))
+    ports = range(http_port, http_port + len(commands)) if http_port else ()
+    sys.exit(Pool(commands, ports=ports).run(stopping))
+
+
+@app.command()
+def quality() -> None:
+    """Measure in windows what adaptation is worth, against the hold-out, until SIGTERM."""
+    from .quality import run_quality  # noqa: PLC0415
+
+    run_quality(_settings("quality"))
 
 
 @app.command()
@@ -120,11 +154,15 @@ def train(
     events: Annotated[Path | None, typer.Option(help="CSV, JSON Lines or Parquet; default: the database.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Use this first share of the file, by time.")] = 1.0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Resume the sequence model's training from here.")] = None,
 ) -> None:
-    """Fit the encoder and the prior, and register a release that adapt loads by itself."""
+    """Fit the encoder, the prior, the sequence model and the ranker, and register a release that adapt loads by itself.
+
+    With several processes: torchrun --nproc-per-node 2 -m innerloop.worker train.
+    """
     from .train import run_train  # noqa: PLC0415
 
-    run_train(_settings("train"), events, _columns(column), share)
+    run_train(_settings("train"), events, _columns(column), share, checkpoint)
 
 
 @app.command()
@@ -147,17 +185,45 @@ def scores(user: Annotated[str, typer.Argument(help="The user's identifier.")]) 
     """Print a user's current scores."""
     from .scores import show_scores  # noqa: PLC0415
 
-    sys.exit(show_scores(_settings("scores"), user))
+    sys.exit(show_scores(_settings_with_broker("scores"), user))
 
 
 @app.command()
 def lag(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,  # noqa: FBT002
+    watch: Annotated[bool, typer.Option("--watch", help="Once a second until Ctrl-C.")] = False,  # noqa: FBT002
 ) -> None:
-    """Print how far each consumer group is behind, in offsets and in seconds."""
-    from .lag import show_lag  # noqa: PLC0415
+    """Print how far each consumer group is behind, in offsets and in seconds, and what that means."""
+    from .lag import show_lag, watch_lag  # noqa: PLC0415
 
-    show_lag(_settings("lag"), as_json=as_json)
+    settings = _settings_with_broker("lag")
+    if watch:
+        watch_lag(settings)
+    sys.exit(show_lag(settings, as_json=as_json))
+
+
+@app.command()
+def console(
+    host: Annotated[str | None, typer.Option(help="Default: console.host, loopback.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: console.port, 8080.")] = None,
+) -> None:
+    """Serve one live page over the whole loop, read-only, until SIGTERM."""
+    settings = _settings("console")
+    given = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
+    from .console import run_console  # noqa: PLC0415
+
+    run_console(settings.model_copy(update={"console": settings.console.model_copy(update=given)}))
+
+
+@app.command()
+def erase(
+    users: Annotated[list[str], typer.Argument(help="The users' identifiers.", metavar="USER...")],
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for ingest and adapt.")] = 30.0,
+) -> None:
+    """Forget users: support sets deleted, scores tombstoned, what is replayed of them dropped; prints the receipts."""
+    from .erase import run_erase  # noqa: PLC0415
+
+    run_erase(_settings("erase"), users, timeout)
 
 
 @app.command()
@@ -171,6 +237,7 @@ def demo(  # noqa: PLR0917 - a command's options
     report: Annotated[Path | None, typer.Option(help="Write the summary here as JSON.")] = None,
     data: Annotated[Path | None, typer.Option(help="Keep Kafka's and Postgres's data here.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Adapt processes.")] = 2,
+    console: Annotated[bool, typer.Option(help="Show the live page as well.")] = True,  # noqa: FBT002
     seed: Annotated[int, typer.Option(help="Of the synthetic shop.")] = 0,
 ) -> None:
     """Watch the whole loop live: clicks in, adapted scores out, on a real Kafka and a real PostgreSQL."""
@@ -186,6 +253,7 @@ def demo(  # noqa: PLR0917 - a command's options
         report=report,
         data=data,
         workers=workers,
+        console=console,
         seed=seed,
     )
     settings = load_settings()

@@ -87,7 +87,7 @@ def run_console(settings: Settings) -> None:
     def page() -> None:
         Page(settings, lambda: observer.newest, observer.history, find).show()
 
-    app.mount("/metrics", make_asgi_app())
+    app.mount("/metrics", make_asgi_app(disable_compression=True))
     app.add_api_route("/livez", lambda: "The page is served.")
     app.on_startup(observer.start)
     app.on_shutdown(observer.stop)

@@ -11,6 +11,7 @@ from innerloop.errors import InnerloopError
 
 from .console_history import History
 from .console_lookup import Person, as_time
+from .console_quality import hit_rates
 from .console_sources import Snapshot, group_named
 from .lag_watch import GroupLag
 
@@ -25,8 +26,9 @@ _LINES = {
     "lag": ("Lag, records", ("ingest", "adapt")),
     "latency": ("Event to score, ms", ("p50", "p99")),
     "throughput": ("Records a second", ("events", "requests", "scores")),
-    "hit_rate": ("Hit rate at 20", ("adapted", "hold-out", "placebo")),
 }
+_ARMS = {"adapted": "adapted", "hold_out": "hold-out"}
+_CUTOFF = 20
 
 
 class Page:
@@ -37,6 +39,7 @@ class Page:
     ) -> None:
         self._settings, self._snapshot, self._history, self._find = settings, snapshot, history, find
         self._turns = 0
+        self._example = ""
 
     def show(self) -> None:
         """Lay everything out, and keep it up to date."""
@@ -45,6 +48,7 @@ class Page:
             self._way()
             with ui.grid().classes("w-full grid-cols-1 md:grid-cols-2 gap-4"):
                 self._plots = {name: _plot(title, lines) for name, (title, lines) in _LINES.items()}
+                self._rates = _plot(f"Hit rate at {_CUTOFF}, by window", tuple(_ARMS.values()), showSymbol=True)
             self._lookup()
             self._partitions = _table(
                 "Partitions", "group", "topic", "partition", "behind", "seconds", "status", "owner"
@@ -82,7 +86,7 @@ class Page:
         with ui.card().classes("w-full"):
             ui.label("A user").classes("text-lg font-bold").props("role=heading aria-level=2")
             with ui.row().classes("items-center gap-2"):
-                self._user = ui.input("user id").on("keydown.enter", self._find_user)
+                self._user = ui.input("user id").props("stack-label").on("keydown.enter", self._find_user)
                 ui.button("Look up", on_click=self._find_user)
             self._person = ui.column().classes("w-full")
 
@@ -96,6 +100,7 @@ class Page:
         if self._turns % _PLOT_EVERY == 0:
             for name, (_, lines) in _LINES.items():
                 self._show_plot(name, lines)
+            self._show_rates(snapshot)
         self._turns += 1
 
     def _show_header(self, snapshot: Snapshot) -> None:
@@ -104,6 +109,10 @@ class Page:
         self._status.props(f"color={_COLOURS[worst]}")
         self._at.set_text(f"{datetime.fromtimestamp(snapshot.at, UTC):%H:%M:%S} UTC, {snapshot.stored.users:,} users")
         self._trouble.set_text(" ".join(snapshot.troubles))
+        if snapshot.stored.some_user and not self._example:
+            self._example = snapshot.stored.some_user
+            self._user.props["placeholder"] = f"for instance {self._example}"
+            self._user.update()
 
     def _show_way(self, snapshot: Snapshot) -> None:
         kafka, topics = self._settings.kafka, self._settings.topics
@@ -123,6 +132,13 @@ class Page:
         for place, line in enumerate(lines):
             plot.options["series"][place]["data"] = self._history.series(f"{name} {line}")
         plot.update()
+
+    def _show_rates(self, snapshot: Snapshot) -> None:
+        rates = [(window.window_end, hit_rates(window, _CUTOFF)) for window in snapshot.windows]
+        for place, arm in enumerate(_ARMS):
+            points = [(end, by_arm[arm]) for end, by_arm in rates if arm in by_arm]
+            self._rates.options["series"][place]["data"] = points
+        self._rates.update()
 
     def _show_tables(self, snapshot: Snapshot) -> None:
         self._partitions.rows = [
@@ -147,7 +163,7 @@ class Page:
                 "method": each.card.get("method", ""),
                 "items": f"{each.card['data']['items']:,}",
                 "events": f"{each.card['data']['events']:,}",
-                "hit@20": _figure(each.card.get("metrics", {}).get("list_hit@20")),
+                "hit@20": _figure(each.card.get("metrics", {}).get("hit@20")),
             }
             for each in snapshot.stored.releases
         ]
@@ -267,7 +283,7 @@ def _arrow() -> None:
         ui.icon(icon).classes(f"self-center opacity-60 {shown}").props("aria-hidden=true")
 
 
-def _plot(title: str, lines: tuple[str, ...]) -> ui.echart:
+def _plot(title: str, lines: tuple[str, ...], *, showSymbol: bool = False) -> ui.echart:  # noqa: N803 - echarts' name
     options = {
         "title": {"text": title, "textStyle": {"fontSize": 14, "color": _GREY}},
         "animation": False,
@@ -278,7 +294,7 @@ def _plot(title: str, lines: tuple[str, ...]) -> ui.echart:
         "grid": {"left": 56, "right": 16, "top": 56, "bottom": 28},
         "xAxis": {"type": "time", "splitNumber": 4, "axisLabel": {"hideOverlap": True, "color": _GREY}},
         "yAxis": {"type": "value", "min": 0, "axisLabel": {"color": _GREY}, "splitLine": {"lineStyle": _FAINT}},
-        "series": [{"name": line, "type": "line", "showSymbol": False, "data": []} for line in lines],
+        "series": [{"name": line, "type": "line", "showSymbol": showSymbol, "data": []} for line in lines],
     }
     with ui.card().classes("w-full p-2"):
         return ui.echart(options).classes("w-full h-56")

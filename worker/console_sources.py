@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from innerloop.config import Settings
 from innerloop.errors import InnerloopError
+from innerloop.evaluation.quality_record import QualityWindow
 from innerloop.store import accounts, releases
 from innerloop.store.database import connect, transaction
 from innerloop.store.releases import RegisteredRelease
@@ -15,6 +17,7 @@ from innerloop.streams.dead_letter_queue import DeadLetterQueue
 from innerloop.streams.lag import LagReader
 from innerloop.streams.offsets import LogEnds
 
+from .console_quality import KEPT, WindowReader
 from .dead_letters import Group, grouped
 from .lag_watch import GroupLag, LagWatch
 from .scrape import Latency, Scraped, scrape
@@ -37,6 +40,7 @@ class Stored:
     """What the database holds."""
 
     users: int = 0
+    some_user: str | None = None
     releases: tuple[RegisteredRelease, ...] = ()
 
 
@@ -53,6 +57,8 @@ class Snapshot:
     stored: Stored = Stored()
     letters: tuple[Group, ...] = ()
     """Dead letters by reason and topic."""
+    windows: tuple[QualityWindow, ...] = ()
+    """The last ones that `innerloop quality` closed, oldest first."""
     troubles: tuple[str, ...] = ()
     """What could not be read, a sentence each: the rest is as it was."""
 
@@ -73,6 +79,8 @@ class Sources:
         self._totals: dict[str, int] = {}
         self._stored_at = self._letters_read = float("-inf")
         self._letters_at = 0
+        self._quality: WindowReader | None = None
+        self._closed: deque[QualityWindow] = deque(maxlen=KEPT)
         self._troubles: list[str] = []
 
     def look(self) -> Snapshot:
@@ -92,12 +100,15 @@ class Sources:
             processes=tuple(processes),
             stored=self._stored(),
             letters=self._letters(flows),
+            windows=self._tried(self._windows, last.windows),
             troubles=tuple(dict.fromkeys(self._troubles)),
         )
         return self._last
 
     def close(self) -> None:
         self._reader.close()
+        if self._quality is not None:
+            self._quality.close()
         self._engine.dispose()
 
     def _flow(self, topic: str, total: int, seconds: float) -> Flow:
@@ -120,9 +131,18 @@ class Sources:
         self._letters_at, self._letters_read = total, time.monotonic()
         return self._tried(lambda: tuple(grouped(DeadLetterQueue(self._settings))), self._last.letters)
 
+    def _windows(self) -> tuple[QualityWindow, ...]:
+        self._quality = self._quality or WindowReader(self._settings)
+        self._closed.extend(self._quality.new())
+        return tuple(self._closed)
+
     def _count(self) -> Stored:
         with transaction(self._engine) as connection:
-            return Stored(accounts.users(connection), tuple(releases.newest_few(connection, _RELEASES)))
+            return Stored(
+                accounts.users(connection),
+                accounts.some_user(connection),
+                tuple(releases.newest_few(connection, _RELEASES)),
+            )
 
     def _tried(self, read: Callable[[], _Found], otherwise: _Found) -> _Found:
         try:

@@ -39,6 +39,8 @@ from .watched_process import free_ports, require_free
 
 _DRAIN_SECONDS = 120.0
 _TICK_SECONDS = 1.0
+_WINDOWS = {"WINDOW_SECONDS": "600", "GRACE_SECONDS": "60", "IDLE_SECONDS": "3"}
+"""Of `innerloop quality`: a replay is some tens of times faster than life, and windows are by the events' own time."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,11 @@ class _Demo:
         members, log = [["ingest"], *adapts], self._folder / "workers.log"
         if self._page is None:
             return Pool(members, log)
+        members.append(["quality"])
         ports = free_ports(len(members) + 1)
         os.environ["INNERLOOP_CONSOLE__TARGETS"] = json.dumps([f"127.0.0.1:{port}" for port in ports[:-1]])
+        for name, seconds in _WINDOWS.items():
+            os.environ.setdefault(f"INNERLOOP_QUALITY__{name}", seconds)
         return Pool([*members, ["console", "--port", str(self._page)]], log, ports=ports)
 
     def _page_sentence(self) -> str:

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from innerloop.config import Settings
@@ -14,8 +14,12 @@ from innerloop.streams.clients import require_broker
 from innerloop.streams.loop import Loop
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import partition_counts, require_topics, topic_ids
+from innerloop.tracing import exported_traces
 
-from .pool import SUPERVISED
+from .endpoint import listening
+from .gauges import LagGauges, gpu_gauges, measured
+from .health import Health
+from .pool import MEMBER, SUPERVISED
 
 
 def stop_on_signals() -> Callable[[], bool]:
@@ -40,7 +44,7 @@ def _stop_with_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_ingest(settings: Settings) -> None:
+def run_ingest(settings: Settings, *, accept_gap: bool = False) -> None:
     """One ingest process, until told to stop. Raises StopError."""
     from innerloop.ingest import Ingest  # noqa: PLC0415 - each command imports what it runs
 
@@ -49,21 +53,25 @@ def run_ingest(settings: Settings) -> None:
     engine = connect(settings.database)
     require_tables(engine)
     require_broker(settings.kafka)
-    require_topics(settings, [*topics.events, topics.requests, topics.dead_letters])
-    ledger = Ledger(engine, topic_ids(settings, topics.events))
-    Loop(
-        settings.kafka,
-        group=settings.kafka.ingest_group,
-        topics=topics.events,
-        processor=Ingest(settings, engine, ledger, Publisher(settings.kafka)),
-        batch_size=settings.ingest.batch_size,
-        poll_seconds=settings.ingest.poll_seconds,
-        stopping=stopping,
-    ).run()
+    require_topics(settings, [*topics.ingested, topics.requests, topics.dead_letters])
+    ledger = Ledger(engine, topic_ids(settings, topics.ingested))
+    with exported_traces("ingest") as traces:
+        loop = Loop(
+            settings.kafka,
+            group=settings.kafka.ingest_group,
+            topics=topics.ingested,
+            processor=Ingest(settings, engine, ledger, Publisher(settings.kafka), traces),
+            batch_size=settings.ingest.batch_size,
+            poll_seconds=settings.ingest.poll_seconds,
+            stopping=stopping,
+            accept_gap=accept_gap,
+            instance=_instance(settings),
+        )
+        _run(settings, loop, settings.kafka.ingest_group, topics.ingested)
     engine.dispose()
 
 
-def run_adapt(settings: Settings, device: str, threads: int = 0) -> None:
+def run_adapt(settings: Settings, device: str, threads: int = 0, *, accept_gap: bool = False) -> None:
     """One adapt process on `device`, until told to stop; `threads` 0 leaves it to torch. Raises StopError."""
     from innerloop.adapt import Adapt  # noqa: PLC0415 - torch is only loaded here
     from innerloop.learning.devices import use_threads  # noqa: PLC0415
@@ -78,24 +86,39 @@ def run_adapt(settings: Settings, device: str, threads: int = 0) -> None:
     outputs = (topics.recommendations, topics.ads)
     _require_equal_partitions(settings, [topics.requests, *outputs])
     ledger = Ledger(engine, topic_ids(settings, [topics.requests]))
-    adapt = Adapt(
-        settings,
-        engine,
-        ledger,
-        Publisher(settings.kafka),
-        OutputWatch(settings.kafka, group=settings.kafka.adapt_group + "-watch", topics=outputs),
-        device=device,
-    )
-    Loop(
-        settings.kafka,
-        group=settings.kafka.adapt_group,
-        topics=[topics.requests],
-        processor=adapt,
-        batch_size=settings.adapt.batch_size,
-        poll_seconds=settings.adapt.poll_seconds,
-        stopping=stopping,
-    ).run()
-    engine.dispose()
+    watch = OutputWatch(settings.kafka, group=settings.kafka.adapt_group + "-watch", topics=outputs)
+    with exported_traces("adapt") as traces:
+        adapt = Adapt(settings, engine, ledger, Publisher(settings.kafka), watch, device=device, traces=traces)
+        loop = Loop(
+            settings.kafka,
+            group=settings.kafka.adapt_group,
+            topics=[topics.requests],
+            processor=adapt,
+            batch_size=settings.adapt.batch_size,
+            poll_seconds=settings.adapt.poll_seconds,
+            stopping=stopping,
+            accept_gap=accept_gap,
+            instance=_instance(settings),
+        )
+        try:
+            _run(settings, loop, settings.kafka.adapt_group, [topics.requests], device)
+        finally:
+            watch.close()
+            engine.dispose()
+
+
+def _instance(settings: Settings) -> str | None:
+    """The name of this process as a static member of its group; None when it is a dynamic one."""
+    prefix = settings.kafka.static_membership
+    return f"{prefix}-{os.environ.get(MEMBER, '0')}" if prefix else None
+
+
+def _run(settings: Settings, loop: Loop, group: str, topics: Sequence[str], device: str = "cpu") -> None:
+    """Run the loop, and show how it does while it runs."""
+    lag = LagGauges(group, topics, lambda: loop.owned)
+    health = Health(loop, settings.http.stuck_after_seconds)
+    with listening(settings.http, health), measured(settings, lag.look, *gpu_gauges(device)):
+        loop.run()
 
 
 def _require_equal_partitions(settings: Settings, names: list[str]) -> None:

@@ -32,9 +32,14 @@ class KafkaSettings(_Section):
     bootstrap_servers: str = ""
     ingest_group: str = "innerloop-ingest"
     adapt_group: str = "innerloop-adapt"
+    quality_group: str = "innerloop-quality"
+    """Of `innerloop quality`; its own topics (the sample, and what it remembers) begin with this name."""
     group_protocol: Annotated[str, Field(pattern="^(classic|consumer)$")] = "classic"
     """`consumer` is KIP-848 (Kafka 4.0 and newer). It gives a member the same partition numbers of both event topics,
     which `classic`, whose cooperative-sticky assignor looks at each topic alone, does not."""
+    static_membership: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
+    """Empty: members are dynamic. Else member n of a command is the static member `<this>-<n>` (KIP-345): one that is
+    back within its session finds its partitions where they were. Must differ between machines or pods."""
     properties: dict[str, SecretStr] = Field(default_factory=dict)
     """Any librdkafka property, for every client: `properties."security.protocol" = "SASL_SSL"`."""
 
@@ -44,18 +49,26 @@ class TopicSettings(_Section):
 
     clicks: str = "events.clicks"
     purchases: str = "events.purchases"
+    impressions: str = "events.impressions"
     dead_letters: str = "events.dlq"
     requests: str = "adaptation.requests"
     recommendations: str = "scores.recommendations"
     ads: str = "scores.ads"
     releases: str = "models.releases"
+    erasures: str = "privacy.erasures"
+    quality_windows: str = "quality.windows"
     partitions: Positive = 4
     replication_factor: Positive = 1
 
     @property
     def events(self) -> tuple[str, str]:
-        """The topics that ingest subscribes to."""
+        """The topics of what users do."""
         return self.clicks, self.purchases
+
+    @property
+    def ingested(self) -> tuple[str, ...]:
+        """The topics that ingest subscribes to: what users do, what they are shown, and the erasures."""
+        return *self.events, self.impressions, self.erasures
 
 
 class DatabaseSettings(_Section):
@@ -68,6 +81,8 @@ class SupportSettings(_Section):
     """How much of each user is kept, and how much each kind of event says."""
 
     capacity: Annotated[int, Field(ge=1, le=1024)] = 64
+    impressions: Annotated[int, Field(ge=0, le=1024)] = 32
+    """How many impressions of each user are kept, beside the support set; 0: none, they are read and dropped."""
     weights: dict[str, float] = Field(
         default_factory=lambda: {"click": 1.0, "cart": 2.0, "favorite": 2.0, "purchase": 4.0}
     )
@@ -123,8 +138,55 @@ class LearningSettings(_Section):
     method: str = "bayes"
     dimension: Positive = 64
     seed: int = 0
+    sequence: Annotated[str, Field(pattern="^(auto|off|pooled|gru|attention)$")] = "auto"
+    """The sequence model's history encoder. `auto` trains `pooled` and keeps it if lists of what came later are better
+    for it; a kind that is named is kept in any case."""
+    sequence_episodes: bool = True
+    """Teach it further by episodes through a head of its own, and keep that where what is held out gains by it."""
+    sequence_positions: Positive = 1_500_000
+    """Most events, over all epochs, that it learns from: about 20 seconds a million on one core."""
     releases_dir: Path = Path("releases")
     """Where `innerloop train` writes releases and `innerloop adapt` reads them."""
+
+
+class HttpSettings(_Section):
+    """Where each process shows /metrics, /livez and /readyz."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise: nothing here needs a password, so let only your own network reach it."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """0 for no listener. Several processes of one command take this port and those after it."""
+    stuck_after_seconds: Seconds = 60.0
+    """A loop that has not turned for so long dumps all stacks once, and /livez turns red."""
+
+
+class QualitySettings(_Section):
+    """The hold-out, and the windows in which `innerloop quality` measures what adaptation is worth."""
+
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the users, by a hash of their id, who get the unadapted list (method `none`)."""
+    events_per_second: Positive = 500
+    """Most events and lists that are judged, of all processes together; of more, a sample of the users, half of it from
+    the hold-out: the interval of a difference is narrowest with equally many of both."""
+    window_seconds: Positive = 60
+    grace_seconds: Positive = 30
+    """How long a window waits, by the time of the events, for those that come late; what is later counts as late."""
+    idle_seconds: Seconds = 10.0
+    """A partition that has sent nothing for so long no longer holds the windows back."""
+    users: Positive = 100_000
+    """Users whose lists are kept; beyond, who was not seen for longest is forgotten."""
+    from_beginning: bool = False
+    """Where a group that is new begins: with the oldest records there are, or with those to come."""
+
+
+class ConsoleSettings(_Section):
+    """The web page of `innerloop console`."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise: the page needs no password, and shows what users did."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    targets: tuple[str, ...] = ()
+    """host:port of the processes' listeners, for latency and what they do; a name may stand for several addresses."""
 
 
 class Settings(BaseSettings):
@@ -142,6 +204,9 @@ class Settings(BaseSettings):
     trends: TrendsSettings = TrendsSettings()
     adapt: AdaptSettings = AdaptSettings()
     learning: LearningSettings = LearningSettings()
+    http: HttpSettings = HttpSettings()
+    quality: QualitySettings = QualitySettings()
+    console: ConsoleSettings = ConsoleSettings()
     log_level: Annotated[str, Field(pattern="(?i)^(debug|info|warning|error|critical)$")] = "info"
     log_format: Annotated[str, Field(pattern="^(auto|console|json)$")] = "auto"
 

@@ -13,6 +13,12 @@ def users(connection: Connection) -> int:
     return int(connection.execute(text("SELECT count(*) FROM support_sets")).scalar_one())
 
 
+def some_user(connection: Connection) -> str | None:
+    """Anybody who has a support set."""
+    found: str | None = connection.execute(text("SELECT user_id FROM support_sets LIMIT 1")).scalar_one_or_none()
+    return found
+
+
 def versions(connection: Connection) -> dict[str, int]:
     """The version of every user's support set."""
     rows = connection.execute(text("SELECT user_id, version FROM support_sets"))
