@@ -55,7 +55,8 @@ class Subscriber:
         now = time.perf_counter()
         with self._lock:
             self.records += 1
-            self._lists[record.user_id] = [item.item_id for item in record.items]
+            if record.arm == "adapted":  # a click of the hold-out counts in no arm: its list is the unadapted one
+                self._lists[record.user_id] = [item.item_id for item in record.items]
             self._versions[record.user_id] = record.support_version
             waiting = self._waiting.get(record.user_id)
             while waiting and waiting[0][0] <= record.event_time:
@@ -74,7 +75,7 @@ class Subscriber:
 
     @property
     def users(self) -> int:
-        return len(self._lists)
+        return len(self._versions)
 
     def versions(self) -> dict[str, int]:
         """The support version that each user's newest list names."""

@@ -66,6 +66,7 @@ def through_kafka(log: StreamLog, rows: Ints, release: Release, options: StreamO
         os.environ["INNERLOOP_DATABASE__URL"] = services.database_url
         os.environ["INNERLOOP_ADAPT__TOP"] = str(list_length(options))
         os.environ["INNERLOOP_SUPPORT__CAPACITY"] = str(options.capacity)
+        os.environ["INNERLOOP_QUALITY__HOLD_OUT"] = "0"  # every user's adapted list is asked for
         settings = load_settings()
         _prepare(settings, release, Path(name))
         pool = Pool([["ingest"], ["adapt", "--member", "cpu", "--threads", "1"]], log=Path(name) / "workers.log")

@@ -6,20 +6,25 @@ import msgspec
 
 Identifier = Annotated[str, msgspec.Meta(min_length=1)]
 Model = Literal["recommendations", "ads"]
-AdsKind = Literal["purchase_given_click", "ranking"]
+Arm = Literal["adapted", "hold_out"]
+AdsKind = Literal["click_and_purchase", "purchase_given_click", "ranking"]
 
 
-class AdaptationRequest(msgspec.Struct, frozen=True, gc=False):
+class AdaptationRequest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Recompute this user. Names a version of the support set and carries no data, so it is idempotent.
 
     `event_time` (epoch ms) is the newest event in that version; `ingested_at` (epoch ms) is when ingest polled the
-    oldest event that the request answers, for lag in seconds.
+    oldest event that the request answers, for lag in seconds; `appended_at` (epoch ms) is when the oldest record of
+    that poll was put on its topic, 0 if unknown: from there runs the latency from event to score.
     """
 
     user_id: Identifier
     support_version: int
     event_time: int
     ingested_at: int
+    appended_at: int = 0
+    erased: bool = False
+    """The user's support set was erased: tombstones first, also when there is a new set."""
 
 
 class ScoredItem(msgspec.Struct, frozen=True, gc=False):
@@ -27,10 +32,14 @@ class ScoredItem(msgspec.Struct, frozen=True, gc=False):
     score: float
 
 
-class ScoredAd(msgspec.Struct, frozen=True, gc=False):
+class ScoredAd(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """`click` times `purchase_given_click` is the score; they are there with the kind `click_and_purchase` only."""
+
     ad_id: Identifier
     item_id: Identifier
     score: float
+    click: float | None = None
+    purchase_given_click: float | None = None
 
 
 class ScoreHeader(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -45,6 +54,8 @@ class ScoreHeader(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     event_time: int
     scored_at: int
     method: str
+    arm: Arm = "adapted"
+    """`hold_out`: this user gets the unadapted list (method `none`), so that what adaptation is worth can be told."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -62,8 +73,9 @@ class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
     """One user's active ads, best first.
 
     With the kind `purchase_given_click` a score is the calibrated probability that a click on the ad, made right after
-    the user's newest event, is followed by a purchase of its item within 24 hours. Else it only ranks. It is never the
-    probability of a click: without impressions that can't be known.
+    the user's newest event, is followed by a purchase of its item within 24 hours. With `click_and_purchase` it is the
+    probability that the ad, shown then, is clicked within an hour and its item then bought. Else it only ranks. Without
+    impressions the probability of a click can't be known.
     """
 
     ads: list[ScoredAd]
