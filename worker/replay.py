@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
-from innerloop.events import CODES
+from innerloop.events import CODES, IMPRESSION
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.topics import require_topics
 
@@ -39,7 +39,7 @@ class ReplayReport:
     """What was done.
 
     `sent` events are at the broker, `purchases` of them purchases; `skipped` have a type that the event topics don't
-    take, such as impressions; `stopped` tells that `stop` ended it early; it took `seconds`.
+    take; `stopped` tells that `stop` ended it early; it took `seconds`.
     """
 
     sent: int
@@ -130,9 +130,9 @@ def replay(
     _check(rate, start, end, limit)
     table = read_events(path, columns=columns)
     part = table.slice(round(table.height * start), round(table.height * end) - round(table.height * start))
-    known = part.filter(pl.col("event_type").is_in(list(CODES)))
+    known = part.filter(pl.col("event_type").is_in([*CODES, IMPRESSION]))
     events = known if limit is None else known.head(limit)
-    require_topics(settings, settings.topics.events)
+    require_topics(settings, [*settings.topics.events, settings.topics.impressions])
     producer = EventProducer(settings)
     began = time.monotonic()
     purchases = _send(producer, _shifted(events) if shift_to_now else events, rate, on_progress, stop)

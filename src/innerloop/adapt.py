@@ -2,8 +2,9 @@
 
 The order of every batch:
 1. keep the newest request per user: the deeper the lag, the fewer adaptations per event
-2. read those users' support sets, which are at least as new as the versions asked for
-3. solve, score, produce
+2. read those users' support sets, which are at least as new as the versions asked for, and, where the release has a
+   click head and there are ads, what they were shown
+3. solve, score, produce; a tombstone for whoever has no set
 4. flush, with nothing undelivered
 5. the loop commits the offsets
 
@@ -12,7 +13,7 @@ computed from, and of two records of a user the higher (model_version, support_v
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.errors import ServiceError, SettingsError, StopError
+from innerloop.holdout import in_hold_out
+from innerloop.learning.ad_scorer import AdLists
 from innerloop.learning.releases import Release, load
 from innerloop.learning.scorer import Scorer
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
@@ -34,11 +37,13 @@ from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.watch import OutputWatch, owner_headers
-from innerloop.support import Ints, SupportSets
+from innerloop.support import Ints, SupportSets, gather
+from innerloop.tracing import NOT_TRACED, Spans, Traces
 
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 5.0
 _TASKS_AT_ONCE = 1024
+_DIGITS, _PRODUCT_DIGITS = 6, 9  # of published scores; a product of two small probabilities is smaller still
 _NUMBERS_BACK = 4 * items.NUMBERS_AT_ONCE
 
 
@@ -48,8 +53,9 @@ class _Scored:
 
     items: list[list[int]]
     item_scores: list[list[float]]
-    ads: list[list[int]]
-    ad_scores: list[list[float]]
+    ads: list[list[ScoredAd]]
+    held: list[bool]
+    """Whether the task is in the hold-out: then its lists are those of a user of whom nothing is known."""
 
 
 class Adapt:
@@ -64,19 +70,23 @@ class Adapt:
         watch: OutputWatch,
         *,
         device: str = "cpu",
+        traces: Traces | None = None,
     ) -> None:
         self._settings, self._engine, self._ledger = settings, engine, ledger
         self._publisher, self._watch = publisher, watch
         self._device = torch.device(device)
+        self._traces = traces or Traces()
         self._decode = msgspec.json.Decoder(AdaptationRequest).decode
         self._encode = msgspec.json.Encoder().encode
         self._epochs: dict[int, int] = {}
         self._strangers: dict[str, int] = {}
         self._refreshed_at = 0.0
+        self._refused: tuple[int, str] | None = None
         self._scorer = Scorer(self._newest_release(), self._device, index_above=settings.adapt.index_above)
+        metrics.MODEL_VERSION.set(self._scorer.catalogue.release.version)
         self._activity = ActivityReader(settings.trends.kept_events)
         self._refresh()
-        self._score(SupportSets.empty(1))  # the first solve of a process is slow, and nobody should wait for it
+        self._score(SupportSets.empty(1), [True])  # the first solve of a process is slow, and nobody should wait for it
 
     # --- the loop's contract
 
@@ -96,6 +106,13 @@ class Adapt:
         self._watch.stop([partition for _, partition in partitions])
         self._strangers = {user: at for user, at in self._strangers.items() if at in self._epochs}
 
+    def gap(self, partition: Partition, from_offset: int, to_offset: int) -> None:
+        """Record the gap: users whose requests are gone keep their old lists until their next event.
+
+        Raises RetryError.
+        """
+        self._ledger.gap(partition, from_offset, to_offset)
+
     def idle(self) -> None:
         """Look for new items, ads and releases, and answer strangers' records. Raises RetryError."""
         if time.monotonic() - self._refreshed_at > self._settings.adapt.refresh_seconds:
@@ -112,41 +129,58 @@ class Adapt:
         """Adapt and publish every user asked for. Raises RetryError and StopError."""
         self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
         metrics.BATCH_SIZE.observe(len(batch))
-        requests = self._newest(batch)
+        requests, erased, appended = self._newest(batch)
         metrics.REQUESTS.labels("polled").inc(len(batch))
         metrics.REQUESTS.labels("coalesced").inc(len(batch) - len(requests))
-        self._adapt(requests)
+        with self._traces.spans("innerloop.adapt", batch.trace_parents, len(batch)) as spans:
+            self._adapt(requests, erased, spans)
+        now = time.time()
+        for milliseconds in appended:  # those that were coalesced, too: the list published answers all of them
+            metrics.EVENT_TO_SCORE.observe(max(0.0, now - milliseconds / 1000))
 
     # --- step 1
 
-    def _newest(self, batch: Batch) -> dict[str, int]:
-        """User -> partition, each user once: which version was asked for no longer matters, the newest is read."""
-        found = {}
+    def _newest(self, batch: Batch) -> tuple[dict[str, int], set[str], list[int]]:
+        """User -> partition, each user once: which version was asked for no longer matters, the newest is read.
+
+        And who of them was erased; and when the events of each request were put on their topic (epoch ms), where it
+        says so.
+        """
+        found, erased, appended = {}, set(), []
         for value, (_, partition) in zip(batch.values, batch.partitions, strict=True):
             try:
-                found[self._decode(value or b"").user_id] = partition
+                request = self._decode(value or b"")
             except msgspec.MsgspecError as error:
                 raise StopError(
                     f"{self._settings.topics.requests} holds a record that is no request ({error}): only innerloop"
                     " writes there; find out who else does."
                 ) from None
-        return found
+            found[request.user_id] = partition
+            if request.erased:
+                erased.add(request.user_id)
+            if request.appended_at:
+                appended.append(request.appended_at)
+        return found, erased, appended
 
     # --- steps 2 to 4
 
-    def _adapt(self, partitions: Mapping[str, int]) -> None:
+    def _adapt(self, partitions: Mapping[str, int], erased: Collection[str] = (), spans: Spans = NOT_TRACED) -> None:
+        began = time.monotonic()
         users, sets, versions = self._read(list(partitions))
+        self._bury({*erased, *partitions.keys() - set(users)}, partitions)
+        share = self._settings.quality.hold_out
         for first in range(0, len(users), _TASKS_AT_ONCE):
             some = slice(first, min(first + _TASKS_AT_ONCE, len(users)))
             chunk = SupportSets(
                 sets.starts[some.start : some.stop + 1] - sets.starts[some.start],
                 sets.examples[sets.starts[some.start] : sets.starts[some.stop]],
             )
-            scored = self._score(chunk)
-            self._publish(users[some], chunk, versions[some], scored, partitions)
+            scored = self._score(chunk, [in_hold_out(user, share) for user in users[some]], self._shown_to(users[some]))
+            self._publish(users[some], chunk, versions[some], scored, partitions, spans=spans)
         with metrics.STEP_SECONDS.labels("publish").time():
             self._publisher.flush(_FLUSH_SECONDS)
         metrics.ADAPTED.inc(len(users))
+        metrics.ADAPTATION_SECONDS.inc(time.monotonic() - began)
 
     def _read(self, users: list[str]) -> tuple[list[str], SupportSets, Ints]:
         with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
@@ -157,18 +191,63 @@ class Adapt:
                 catalogue.add(items.items_numbered(connection, unknown.tolist()))
         return names, sets, versions
 
-    def _score(self, sets: SupportSets) -> _Scored:
+    def _shown_to(self, users: list[str]) -> SupportSets | None:
+        """The users' impressions, where the ads' scores depend on them."""
+        if self._scorer.ads_kind != "click_and_purchase" or not self._scorer.catalogue.ad_ids:
+            return None
+        with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
+            found, sets, _ = support_sets.read(connection, users, table="impressions")
+        rows = {user: row for row, user in enumerate(found)}
+        with_nobody = SupportSets(np.append(sets.starts, sets.starts[-1]), sets.examples)
+        return gather(with_nobody, np.array([rows.get(user, len(found)) for user in users], np.int64))
+
+    def _score(self, sets: SupportSets, held: list[bool], shown: SupportSets | None = None) -> _Scored:
         scorer, top = self._scorer, self._settings.adapt.top
         best = scorer.lists(sets, top, exclude_seen=self._settings.adapt.exclude_seen)
-        ads, ad_scores = scorer.ads(sets, top)
-        return _Scored(best.places.tolist(), _rounded(best.scores), ads.tolist(), _rounded(ad_scores))
+        ads = self._named(scorer.ad_lists(sets, top, shown))
+        scored = _Scored(best.places.tolist(), _rounded(best.scores), ads, held)
+        if any(held):
+            self._withhold(scored, sets)
+        return scored
+
+    def _withhold(self, scored: _Scored, sets: SupportSets) -> None:
+        """Give the hold-out what everybody of whom nothing is known gets; items seen are left out as for the others."""
+        scorer, top, rule = self._scorer, self._settings.adapt.top, self._settings.adapt.exclude_seen
+        nobody = SupportSets.empty(1)
+        best = scorer.lists(nobody, top + (int(sets.sizes.max(initial=0)) if rule else 0))
+        ads = self._named(scorer.ad_lists(nobody, top))[0]
+        places, item_scores = best.places[0], _rounded(best.scores)[0]
+        for row in np.flatnonzero(scored.held).tolist():
+            own = sets.examples["item"][sets.starts[row] : sets.starts[row + 1]] if rule else np.empty(0, np.int64)
+            kept = np.flatnonzero(~np.isin(places, scorer.catalogue.places(own)) | (places < 0))[:top].tolist()
+            scored.items[row] = places[kept].tolist()
+            scored.item_scores[row] = [item_scores[rank] for rank in kept]
+            scored.ads[row] = ads
+
+    def _named(self, found: AdLists) -> list[list[ScoredAd]]:
+        """The lists as they are published."""
+        ids, its_items = self._scorer.catalogue.ad_ids, self._scorer.catalogue.ad_items
+        columns = [
+            found.numbers.tolist(),
+            _rounded(found.scores, _PRODUCT_DIGITS if found.click is not None else _DIGITS),
+        ]
+        columns += [_rounded(part) for part in (found.click, found.purchase_given_click) if part is not None]
+        rows = zip(*columns, strict=True)
+        return [[ScoredAd(ids[at], its_items[at], *chances) for at, *chances in zip(*row, strict=True)] for row in rows]
 
     def _publish(
-        self, users: list[str], sets: SupportSets, versions: Ints, scored: _Scored, partitions: Mapping[str, int]
+        self,
+        users: list[str],
+        sets: SupportSets,
+        versions: Ints,
+        scored: _Scored,
+        partitions: Mapping[str, int],
+        *,
+        spans: Spans = NOT_TRACED,
     ) -> None:
         catalogue, topics, encode = self._scorer.catalogue, self._settings.topics, self._encode
         version, method = catalogue.release.version, self._scorer.method
-        names, ad_ids, ad_items = catalogue.item_ids, catalogue.ad_ids, catalogue.ad_items
+        names, ad_ids = catalogue.item_ids, catalogue.ad_ids
         headers = {partition: owner_headers(epoch) for partition, epoch in self._epochs.items()}
         now = int(time.time() * 1000)
         facts = zip(users, versions.tolist(), sets.sizes.tolist(), sets.newest.tolist(), strict=True)
@@ -182,23 +261,33 @@ class Adapt:
                     "trends_version": self._activity.newest,
                     "event_time": newest,
                     "scored_at": now,
-                    "method": method,
+                    "method": "none" if scored.held[row] else method,
+                    "arm": "hold_out" if scored.held[row] else "adapted",
                 }
                 partition = partitions[user]
                 mark = headers.get(partition)
                 if mark is None:
                     continue  # revoked while this batch waited for the database: its new owner answers
+                mark = [*mark, *spans.headers(user)]
                 pairs = zip(scored.items[row], scored.item_scores[row], strict=True)
                 listed = [ScoredItem(names[place], score) for place, score in pairs if place >= 0]
                 record = encode(RecommendationScores(model="recommendations", items=listed, **common))
                 self._publisher.send(topics.recommendations, user, record, headers=mark, partition=partition)
                 if ad_ids:
-                    ads = zip(scored.ads[row], scored.ad_scores[row], strict=True)
-                    shown = [ScoredAd(ad_ids[place], ad_items[place], score) for place, score in ads]
-                    record = encode(AdScores(model="ads", ads=shown, kind=self._scorer.ads_kind, **common))
+                    record = encode(AdScores(model="ads", ads=scored.ads[row], kind=self._scorer.ads_kind, **common))
                     self._publisher.send(topics.ads, user, record, headers=mark, partition=partition)
         metrics.SCORES.labels("recommendations").inc(len(users))
         metrics.SCORES.labels("ads").inc(len(users) if ad_ids else 0)
+
+    def _bury(self, users: Iterable[str], partitions: Mapping[str, int]) -> None:
+        """A tombstone on every score topic for who was erased or has no set: what was computed of it must not stay."""
+        outputs = (self._settings.topics.recommendations, self._settings.topics.ads)
+        for user in users:
+            epoch = self._epochs.get(partitions[user])
+            if epoch is None:
+                continue  # revoked meanwhile: its new owner answers
+            for topic in outputs:
+                self._publisher.send(topic, user, None, headers=owner_headers(epoch), partition=partitions[user])
 
     # --- what is scored with, and over
 
@@ -208,7 +297,7 @@ class Adapt:
             registered = releases.newest(connection)
         if registered is None:
             raise ServiceError("There is no release to score with: run `innerloop train`.")
-        release = load(registered.location)
+        release = load(registered.location, registered.card)
         if release.version != registered.version:
             raise SettingsError(
                 f"{registered.location} is release {release.version}, registered as {registered.version}: train again."
@@ -218,14 +307,16 @@ class Adapt:
 
     def _refresh(self) -> None:
         """New items, ads and activity; a newer release replaces the one in use, an unreadable one leaves it in use."""
-        self._refreshed_at = time.monotonic()
         with transaction(self._engine) as connection:
             newest = releases.newest(connection)
         if newest is not None and newest.version > self._scorer.catalogue.release.version:
             try:
                 self._scorer.use(self._newest_release())
+                metrics.MODEL_VERSION.set(newest.version)
             except SettingsError as error:
-                _LOG.error("newer release refused, the old one stays in use", why=str(error))
+                if self._refused != (refused := (newest.version, str(error))):  # tried again each time, told once
+                    _LOG.error("newer release refused, the old one stays in use", why=str(error))
+                self._refused = refused
         catalogue = self._scorer.catalogue
         with transaction(self._engine) as connection:
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
@@ -235,9 +326,10 @@ class Adapt:
             told = self._activity.read(connection)  # last: what is read here is not read again
         with metrics.STEP_SECONDS.labels("trends").time():
             self._scorer.observe(told)
+        self._refreshed_at = time.monotonic()  # at the end: what failed is tried again at once
 
 
-def _rounded(scores: NDArray[np.float32]) -> list[list[float]]:
+def _rounded(scores: NDArray[np.float32], digits: int = _DIGITS) -> list[list[float]]:
     """Six digits are all that float32 scores mean; more would only make records longer."""
-    rows: list[list[float]] = np.round(scores.astype(np.float64), 6).tolist()
+    rows: list[list[float]] = np.round(scores.astype(np.float64), digits).tolist()
     return rows

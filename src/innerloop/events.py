@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from innerloop.errors import DeadLetterError, Reason
 
 MAX_IDENTIFIER_BYTES = 256
+Message = TypeVar("Message")
 
 
 class EventType(IntEnum):
@@ -19,19 +20,22 @@ class EventType(IntEnum):
     CART = 2
     FAVORITE = 3
     PURCHASE = 4
+    IMPRESSION = 5
 
 
-CODES: dict[str, int] = {kind.name.lower(): int(kind) for kind in EventType}
+IMPRESSION = EventType.IMPRESSION.name.lower()
+CODES: dict[str, int] = {kind.name.lower(): int(kind) for kind in EventType if kind is not EventType.IMPRESSION}
+"""What users did: the examples of support sets. What they were shown is no example, and is kept apart."""
 
 Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER_BYTES)]
 EpochMilliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class Event(msgspec.Struct, gc=False):
-    """A click or purchase as the wire contract (`schemas/event.v1.json`) has it; unknown fields are ignored."""
+    """What a user did or was shown, as `schemas/event.v1.json` has it; unknown fields are ignored."""
 
     event_id: Identifier
-    event_type: Literal["click", "cart", "favorite", "purchase"]
+    event_type: Literal["click", "cart", "favorite", "purchase", "impression"]
     user_id: Identifier
     item_id: Identifier
     event_time: EpochMilliseconds | Annotated[datetime, msgspec.Meta(tz=True)]
@@ -61,16 +65,9 @@ def decode(record: bytes | None, *, latest_ms: int = 2**53, max_bytes: int = 1_0
     The event's `event_time` comes back as epoch milliseconds. Raises DeadLetterError with the reason and a message
     that names the field and what is wrong with it.
     """
-    if not record:
-        raise DeadLetterError(Reason.UNDECODABLE, "the record is empty")
-    if len(record) > max_bytes:
+    if record and len(record) > max_bytes:
         raise DeadLetterError(Reason.TOO_LARGE, f"the record has {len(record)} bytes, more than {max_bytes}")
-    try:
-        event = _DECODER.decode(record)
-    except msgspec.ValidationError as error:
-        raise DeadLetterError(Reason.INVALID_FIELD, _field_first(str(error))) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DeadLetterError(Reason.UNDECODABLE, f"the record is not JSON: {error}") from None
+    event = decode_with(_DECODER, record)
     _check_identifiers(event)
     time = event.time_ms
     if not 0 <= time <= latest_ms:
@@ -78,6 +75,18 @@ def decode(record: bytes | None, *, latest_ms: int = 2**53, max_bytes: int = 1_0
         raise DeadLetterError(Reason.INVALID_FIELD, f"event_time: {time} is {why}")
     event.event_time = time
     return event
+
+
+def decode_with(decoder: "msgspec.json.Decoder[Message]", record: bytes | None) -> Message:
+    """Decode one record's value; raises DeadLetterError, whose message names the field and what is wrong with it."""
+    if not record:
+        raise DeadLetterError(Reason.UNDECODABLE, "the record is empty")
+    try:
+        return decoder.decode(record)
+    except msgspec.ValidationError as error:
+        raise DeadLetterError(Reason.INVALID_FIELD, _field_first(str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DeadLetterError(Reason.UNDECODABLE, f"the record is not JSON: {error}") from None
 
 
 def decode_many(

@@ -30,6 +30,7 @@ from innerloop.adapt import Adapt
 from innerloop.config import AdaptSettings, KafkaSettings, LearningSettings, Settings
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.evaluation.shop import Process, Shop
+from innerloop.holdout import in_hold_out
 from innerloop.learning.candidates import FEATURES
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead
@@ -135,14 +136,24 @@ class World:
     def of(self, user: str) -> list[RecommendationScores]:
         """The user's lists, oldest first."""
         mine = [m for m in self.log(self.settings.topics.recommendations) if m.key() == user.encode()]
-        return [msgspec.json.decode(m.value() or b"", type=RecommendationScores) for m in mine]
+        return [msgspec.json.decode(value, type=RecommendationScores) for m in mine if (value := m.value()) is not None]
+
+    def tombstones(self, user: str) -> list[str]:
+        """The topics on which the user's last record is a tombstone."""
+        topics = (self.settings.topics.recommendations, self.settings.topics.ads)
+        last = {topic: [m.value() for m in self.log(topic) if m.key() == user.encode()][-1:] for topic in topics}
+        return [topic for topic, values in last.items() if values == [None]]
 
     def last(self, topic: str) -> dict[str, tuple[int, int]]:
         """What compaction would leave: each key's last record, as (model_version, support_version)."""
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         for message in self.log(topic):
-            value, key = json.loads(message.value() or b""), message.key()
-            found[key.decode() if key else ""] = (value["model_version"], value["support_version"])
+            encoded, user = message.value(), (message.key() or b"").decode()
+            if encoded is None:
+                found.pop(user, None)
+                continue
+            value = json.loads(encoded)
+            found[user] = (value["model_version"], value["support_version"])
         return found
 
     def last_is_newest(self, topic: str, model_version: int = 1) -> bool:
@@ -344,6 +355,7 @@ def test_requests_of_one_user_in_one_poll_are_one_record(world: World) -> None:
         time.sleep(1.0)
     assert len(world.of("u")) == len(world.of("v")) == 1
     assert world.of("w") == [], "nobody has heard of w"
+    assert len(world.tombstones("w")) == 2
 
 
 def test_what_has_been_seen_can_be_left_out(world: World) -> None:
@@ -615,12 +627,12 @@ def test_a_worker_that_computes_past_its_time_is_answered(world: World, monkeypa
     asleep, awake, original = threading.Event(), threading.Event(), Adapt._publish
     zombies: list[threading.Thread] = []
 
-    def sleepy(self: Adapt, *args: Any) -> None:
+    def sleepy(self: Adapt, *args: Any, **named: Any) -> None:
         if threading.current_thread() in zombies:
             asleep.set()
             assert awake.wait(60)
             zombies.clear()
-        original(self, *args)
+        original(self, *args, **named)
 
     monkeypatch.setattr(Adapt, "_publish", sleepy)
     with running(settings) as zombie:
@@ -690,3 +702,50 @@ def test_ads_carry_the_chance_that_a_click_is_followed_by_a_purchase(world: Worl
         assert scores == sorted(scores, reverse=True)
         assert 0.0 < scores[-1] <= scores[0] < 1.0
     assert first.ads != second.ads
+
+
+# --- the hold-out
+
+
+def prior_scores(card: Path) -> dict[str, float]:
+    """Score of every item of the release for a user of whom nothing is known."""
+    tensors = load_file(card.with_suffix(".safetensors"))
+    names, vectors = json.loads(tensors["item_ids"].tobytes()), tensors["item_vectors"].astype(float)
+    return dict(zip(names, (vectors @ tensors["head.mean"].astype(float)).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seen_left_out", [False, True])
+def test_the_hold_out_gets_the_unadapted_list_as_fresh_as_anyone(world: World, *, seen_left_out: bool) -> None:
+    users = [f"user-{n}" for n in range(40)]
+    quality = world.settings.quality.model_copy(update={"hold_out": 0.3})
+    settings = with_adapt(world.settings, exclude_seen=seen_left_out, top=5).model_copy(update={"quality": quality})
+    favourites = [item for item, _ in best(prior_scores(world.folder / "release-1.json"), 6)]
+    examples: list[Example] = [(favourites[0], 4.0, 0), (favourites[2], 4.0, 10)]
+    world.show_ads({"ad": "i1", "other": "i2"})
+    arms: dict[str, set[str]] = {user: set() for user in users}
+    with running(settings):
+        for version in (1, 2):
+            if version == 2:
+                world.register(2, seed=5)
+                _listed(world, lambda each: each.model_version == 2)
+            for user in users:
+                world.give(user, examples[: 3 - version])
+            world.ask(*users)
+            wait_for(lambda: world.last(settings.topics.ads).items() >= {(u, (version, version)) for u in users})  # noqa: B023
+            card = world.folder / f"release-{version}.json"
+            own = {item for item, _, _ in examples[: 3 - version]} if seen_left_out else set()
+            everybodys = best({i: score for i, score in prior_scores(card).items() if i not in own}, 5)
+            adapted = best({i: s for i, s in expected_scores(card, examples[: 3 - version]).items() if i not in own}, 5)
+            topics = settings.topics
+            for topic, kind in ((topics.recommendations, RecommendationScores), (topics.ads, AdScores)):
+                records = [msgspec.json.decode(message.value() or b"", type=kind) for message in world.log(topic)]
+                newest = {record.user_id: record for record in records}
+                for user in users:
+                    arms[user].add(newest[user].arm)
+                    assert newest[user].method == ("none" if newest[user].arm == "hold_out" else "bayes")
+                    assert newest[user].support_size == 3 - version
+                    if isinstance(found := newest[user], RecommendationScores):
+                        listed = [(each.item_id, each.score) for each in found.items]
+                        assert same(listed, everybodys if found.arm == "hold_out" else adapted)
+    assert {user for user, seen in arms.items() if seen == {"hold_out"}} == {u for u in users if in_hold_out(u, 0.3)}
+    assert all(len(seen) == 1 for seen in arms.values()), "nobody changes arms, whatever the release"

@@ -15,7 +15,7 @@ from innerloop.worker.replay import EventProducer, replay
 
 
 def table(rows: int) -> pl.DataFrame:
-    kinds = ["click", "purchase", "cart", "impression", "click"]
+    kinds = ["click", "purchase", "cart", "refund", "click"]
     return pl.DataFrame(
         {
             "event_id": [f"e{n}" for n in range(rows)],
@@ -137,3 +137,13 @@ def test_what_cannot_be_sent_is_a_sentence(settings: Settings, file: Path) -> No
 def test_an_empty_part_is_no_error(made: Settings, file: Path) -> None:
     report = replay(made, file, start=0.5, end=0.5, shift_to_now=True)
     assert (report.sent, report.skipped, report.stopped) == (0, 0, False)
+
+
+def test_impressions_go_to_a_topic_of_their_own(made: Settings, tmp_path: Path) -> None:
+    frame = table(50).with_columns(pl.col("event_type").replace("refund", "impression"))
+    frame.write_parquet(tmp_path / "shown.parquet")
+    report = replay(made, tmp_path / "shown.parquet")
+    assert (report.sent, report.skipped) == (50, 0)
+    shown = [decode(each.value()) for each in read(made, made.topics.impressions)]
+    assert {event.event_id for event in shown} == {f"e{n}" for n in range(50) if n % 5 == 3}
+    assert {event.event_type for event in shown} == {"impression"}

@@ -95,7 +95,8 @@ def test_what_is_written_is_read_and_is_what_postgres_has(engine: Engine) -> Non
             connection.execute(text("TRUNCATE support_sets"))
         sets = sets_of([rows for rows, _ in table.values()])
         with transaction(engine) as connection:
-            write(connection, list(table), sets, versions(*(version for _, version in table.values())))
+            numbers = versions(*(version for _, version in table.values()))
+            write(connection, list(table), sets, numbers, reborn=int((numbers > 1).sum()))
         assert stored(engine) == table
         with transaction(engine) as connection:
             users, back, numbers = read(connection, [*reversed(table), "nobody at all"])
@@ -109,7 +110,7 @@ def test_postgres_itself_writes_the_stream_that_we_write(engine: Engine) -> None
     rows: list[list[Row]] = [[], [(1, -5, 3, 0.5, 2)], [(n, n - 30, n + 1, 1.0, 4) for n in range(64)]]
     ours = encode(["a", "b", "c"], sets_of(rows), versions(1, 2, 3))
     with transaction(engine) as connection:
-        write(connection, ["a", "b", "c"], sets_of(rows), versions(1, 2, 3))
+        write(connection, ["a", "b", "c"], sets_of(rows), versions(1, 2, 3), reborn=2)
         theirs = io.BytesIO()
         query = f"COPY (SELECT user_id, {support_sets._NAMES}, version FROM support_sets ORDER BY user_id)"
         cursor_of(connection).copy_expert(f"{query} TO STDOUT (FORMAT binary)", theirs)
@@ -140,7 +141,7 @@ def test_people_read_names(engine: Engine) -> None:
 def test_only_the_next_version_may_be_written(engine: Engine, version: int) -> None:
     """The guard names how many, and the rollback takes the others of the batch back as well."""
     with transaction(engine) as connection:
-        write(connection, ["u", "v"], sets_of([[(1, 1, 1, 1.0, 1)], [(2, 2, 2, 1.0, 1)]]), versions(2, 2))
+        write(connection, ["u", "v"], sets_of([[(1, 1, 1, 1.0, 1)], [(2, 2, 2, 1.0, 1)]]), versions(2, 2), reborn=2)
     before = stored(engine)
     changed = sets_of([[(5, 5, 5, 1.0, 1)], [(6, 6, 6, 1.0, 1)], [(7, 7, 7, 1.0, 1)]])
 

@@ -15,8 +15,9 @@ from innerloop.learning.ads.ad_head import POPULATION, VARIANCES, Ads
 from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.attribution import DAY, HOUR, NEVER
 from innerloop.learning.ads.click_log import Histories, adapted, own_columns, rows_of
+from innerloop.learning.ads.figures import auc, calibration_error
 from innerloop.learning.ads.served import past_of
-from innerloop.learning.ads.teaching import auc, calibration_error, learn_ads, log_of
+from innerloop.learning.ads.teaching import learn_ads, log_of
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer

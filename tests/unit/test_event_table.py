@@ -5,7 +5,9 @@ import polars as pl
 import pytest
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.conversion_log import read_log
+from innerloop.evaluation.event_table import read_actions, read_events
+from innerloop.evaluation.stream_log import read_table
 
 MOMENT = 1_514_737_251_000
 
@@ -117,3 +119,12 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, name: str, column
     assert says in str(error.value)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
+
+
+def test_impressions_are_nothing_that_anybody_did(tmp_path: Path) -> None:
+    path = tmp_path / "events.csv"
+    path.write_text("user_id,item_id,event_time,event_type\nu,a,1,click\nu,b,2,view_promotion\nu,c,3,buy\n")
+    assert read_events(path)["event_type"].to_list() == ["click", "impression", "purchase"]
+    assert read_actions(path)["event_type"].to_list() == ["click", "purchase"]
+    assert read_table(path).events["event_type"].to_list() == ["click", "purchase"]
+    assert len(read_log(path, window=1).times) == 2

@@ -59,7 +59,7 @@ def test_a_whole_event_comes_back_as_sent() -> None:
         (record().replace(b"u1", b"u\0"), Reason.UNDECODABLE, "not JSON"),
         (b"[]", Reason.INVALID_FIELD, "object"),
         (b"null", Reason.INVALID_FIELD, "object"),
-        (record(event_type="impression"), Reason.INVALID_FIELD, "event_type"),
+        (record(event_type="view"), Reason.INVALID_FIELD, "event_type"),
         (record(event_type="Click"), Reason.INVALID_FIELD, "event_type"),
         (record(event_type=1), Reason.INVALID_FIELD, "event_type"),
         (record(price="cheap"), Reason.INVALID_FIELD, "price"),

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.event_table import read_actions
 from innerloop.evaluation.outcome import Ints
 from innerloop.learning.ads.attribution import attribute
 from innerloop.learning.ads.click_log import ConversionLog
@@ -24,7 +24,7 @@ def read_log(path: Path, *, window: int) -> ConversionLog:
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise SettingsError(f"{path} holds no file of events: name a CSV, JSONL or Parquet file.")
-    table = pl.concat([read_events(file) for file in files], how="diagonal_relaxed")
+    table = pl.concat([read_actions(file) for file in files], how="diagonal_relaxed")
     table = table.sort("event_time", maintain_order=True)
     kinds = np.array([KINDS.index(k) if k in KINDS else _OTHER for k in table["event_type"].to_list()], np.int64)
     for kind in ("click", "purchase"):

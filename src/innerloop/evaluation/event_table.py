@@ -18,6 +18,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
+from innerloop.events import IMPRESSION
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "event_id": ("event_id",),
@@ -62,6 +63,11 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
         table = table.with_columns(_event_ids(table))
     order = [name for name in _NAMES if name in table.columns]
     return table.select(order).sort("event_time", maintain_order=True)
+
+
+def read_actions(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
+    """The same without impressions: what was shown is nothing that anybody did. Raises SettingsError likewise."""
+    return read_events(path, columns=columns).filter(pl.col("event_type") != IMPRESSION)
 
 
 def _read(path: Path) -> pl.DataFrame:

@@ -1,8 +1,13 @@
 """From support sets to lists of ads by the chance that a click is followed by a purchase.
 
+With a click head in the release the lists are by the chance that a shown ad is clicked and then bought, and what users
+were shown counts, too.
+
 Everything is told as of the task's newest event, labels of clicks included: a purchase relabels the clicks before it
 whenever it came, and the same state gives the same probabilities.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +16,8 @@ from torch import Tensor
 
 from innerloop.learning.ads.ad_head import Ads
 from innerloop.learning.ads.ad_model import AdModel
+from innerloop.learning.ads.impressions import shown_past
+from innerloop.learning.ads.pairs import Past, describe
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.catalogue import Catalogue
 from innerloop.support import SupportSets, gather
@@ -23,40 +30,82 @@ _PAIRS_AT_ONCE = 2_000_000  # of an example and an ad: some 100 MB
 _LEAST = 1e-6  # as many digits as are published: a probability is never 0 or 1
 
 
+@dataclass(frozen=True)
+class AdLists:
+    """Ads by their number, best first, and their scores, [T, k] each; with a click head, also their factors."""
+
+    numbers: Ints
+    scores: NDArray[np.float32]
+    click: NDArray[np.float32] | None = None
+    purchase_given_click: NDArray[np.float32] | None = None
+
+
 class AdScorer:
     """An ad model over a catalogue of the same release."""
 
     def __init__(self, model: AdModel, catalogue: Catalogue) -> None:
         self._model, self._catalogue = model.to(catalogue.device), catalogue
-        self._release_rows = {item: row for row, item in enumerate(catalogue.release.item_ids)}
+        only_shown = [] if model.clicks is None else model.clicks.only_shown
+        self._release_rows = {item: row for row, item in enumerate([*catalogue.release.item_ids, *only_shown])}
         self._rows: Ints = np.empty(0, np.int64)  # by place in the catalogue, -1 for an item the release lacks
 
-    def best(self, sets: SupportSets, k: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The k likeliest active ads of each task [T, k] by number, and the chances that their clicks convert.
+    @property
+    def by_click(self) -> bool:
+        """Whether lists are by click and purchase: then `best` wants what was shown."""
+        return self._model.clicks is not None
 
-        All active ads are asked about, or `among` [T, m] by number.
+    def best(self, sets: SupportSets, shown: SupportSets | None, k: int, among: Tensor | None = None) -> AdLists:
+        """The k best active ads of each task, and the chances that make them so.
+
+        All active ads are asked about, or `among` [T, m] by number. `shown` are the same tasks' impressions.
         """
         if among is None:
             among = torch.arange(len(self._catalogue.ad_ids)).expand(len(sets.sizes), -1)
-        ads, width = among.shape[1], max(1, int(sets.sizes.max(initial=0)))
+        shown = SupportSets.empty(len(sets.sizes)) if shown is None else shown
+        ads, width = among.shape[1], max(1, int((sets.sizes + shown.sizes).max(initial=0)))
         chunk = max(1, min(_TASKS_AT_ONCE, _PAIRS_AT_ONCE // (width * max(ads, width))))
         numbers = torch.empty(len(among), min(k, ads), dtype=torch.int64)
-        chances = torch.empty(len(among), min(k, ads))
+        parts = torch.empty(3 if self.by_click else 1, len(among), min(k, ads))
         order = np.argsort(sets.sizes, kind="stable")  # sets of one size together: there is little to pad
         for first in range(0, len(among) if ads else 0, chunk):
             tasks = order[first : first + chunk]
             some = torch.from_numpy(tasks)
-            values, places = self.probabilities(gather(sets, tasks), among[some]).cpu().topk(min(k, ads))
-            numbers[some], chances[some] = among[some].gather(1, places), values.float()
-        return numbers, chances
+            found = self._parts(gather(sets, tasks), gather(shown, tasks), among[some]).cpu()  # [1 or 3, T, m]
+            places = found[0].topk(min(k, ads)).indices
+            numbers[some] = among[some].gather(1, places)
+            parts[:, some] = found.gather(2, places.expand(len(found), -1, -1)).float()
+        return AdLists(numbers.numpy(), *parts.numpy())
+
+    def _parts(self, sets: SupportSets, shown: SupportSets, among: Tensor) -> Tensor:
+        """The score of the ads `among` [T, A] and what it is the product of, [1 or 3, T, A] float64."""
+        if not self.by_click:
+            return self.probabilities(sets, among).unsqueeze(0)
+        click, purchase = self.chances(sets, shown, among)
+        return torch.stack([click * purchase, click, purchase])
+
+    def chances(self, sets: SupportSets, shown: SupportSets, among: Tensor) -> tuple[Tensor, Tensor]:
+        """Click, and purchase given click, of the ads `among` [T, A] if shown, each [T, A] float64 in (0, 1)."""
+        assert self._model.clicks is not None  # noqa: S101 - asked by who saw `by_click`
+        model, clicks, device = self._model, self._model.clicks, self._catalogue.device
+        did, places = self._past(sets)
+        shown_places = self._catalogue.places(shown.examples["item"])
+        seen = shown_past(shown, shown_places, self._categories(shown_places), sets, places, device)
+        rates = [torch.tensor(rate, dtype=torch.float32, device=device) for rate in (model.rate, clicks.rate)]
+
+        def columns(items: Tensor, categories: Tensor, times: Tensor) -> Tensor:
+            rows = self._rows_at(items)
+            of_events = describe(did, items, categories, times, rates[0].expand(items.shape))
+            of_impressions = describe(seen, items, categories, times, rates[1].expand(items.shape))
+            everybody = model.population(rows, categories), model.shown_population(rows, categories)
+            return torch.cat([of_events, everybody[0], of_impressions, everybody[1]], -1)
+
+        now = self._tensor(sets.newest + 1)  # as of the newest event: later impressions count from the next on
+        click, purchase = clicks.head.probabilities(columns, seen, self._asked(among), now)
+        return click.clamp(_LEAST, 1.0 - _LEAST), purchase.clamp(_LEAST, 1.0 - _LEAST)
 
     def probabilities(self, sets: SupportSets, among: Tensor) -> Tensor:
         """Purchase given click of the ads `among` [T, A], by number, by each task, [T, A] float64 in (0, 1)."""
-        catalogue = self._catalogue
-        places = catalogue.places(sets.examples["item"])
-        past = past_of(sets, places, self._categories(places), device=catalogue.device)
-        shown = np.array(catalogue.ad_places, np.int64)[among.numpy()]
-        ads = Ads(self._tensor(shown), self._tensor(self._categories(shown)))
+        past, ads = self._past(sets)[0], self._asked(among)
         now = self._tensor(sets.newest + 1)  # not the clock's: the same set gives the same at any time
         found = self._model.head.probabilities(
             past,
@@ -68,11 +117,22 @@ class AdScorer:
         )
         return found.clamp(_LEAST, 1.0 - _LEAST)
 
+    def _past(self, sets: SupportSets) -> tuple[Past, Ints]:
+        """The tasks' events, and where their items are."""
+        places = self._catalogue.places(sets.examples["item"])
+        return past_of(sets, places, self._categories(places), device=self._catalogue.device), places
+
+    def _asked(self, among: Tensor) -> Ads:
+        places = np.array(self._catalogue.ad_places, np.int64)[among.numpy()]
+        return Ads(self._tensor(places), self._tensor(self._categories(places)))
+
     def _population(self, places: Tensor, categories: Tensor) -> Tensor:
+        return self._model.population(self._rows_at(places), categories)
+
+    def _rows_at(self, places: Tensor) -> Tensor:
+        """The release's rows of items at these places, -1 for none."""
         rows = self._tensor(self._rows_of_places())
-        if not len(rows):
-            return self._model.population(torch.full_like(places, -1), categories)
-        return self._model.population(torch.where(places >= 0, rows[places.clamp(min=0)], -1), categories)
+        return torch.where(places >= 0, rows[places.clamp(min=0)], -1) if len(rows) else torch.full_like(places, -1)
 
     def _rows_of_places(self) -> Ints:
         """The release's row of every place; the catalogue may have grown since."""

@@ -36,6 +36,20 @@ _ADVANCE = """
       AND l.owner_epoch = v.epoch AND l.next_offset IS NOT DISTINCT FROM v.expected::bigint
 """
 
+_GAP = text("""
+    INSERT INTO partition_gaps AS g (topic, topic_id, partition, from_offset, to_offset, owner)
+    VALUES (:topic, :topic_id, :partition, :from_offset, :to_offset, :owner)
+    ON CONFLICT (topic, topic_id, partition, from_offset)
+    DO UPDATE SET to_offset = greatest(g.to_offset, excluded.to_offset)
+""")
+
+# A ledger that keeps no offset of its own (null, as adapt's) stays so.
+_PASS = text("""
+    UPDATE partition_ledger SET next_offset = next_offset + greatest(0, :to_offset - next_offset)
+    WHERE topic = :topic AND topic_id = :topic_id AND partition = :partition AND owner_epoch = :epoch
+    RETURNING next_offset
+""")
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -93,6 +107,21 @@ class Ledger:
         for partition, offset in offsets.items():
             claim = self._claims[partition]
             self._claims[partition] = Claim(claim.topic_id, claim.epoch, offset)
+
+    def gap(self, partition: Partition, from_offset: int, to_offset: int) -> None:
+        """Record that the records [from_offset, to_offset) are gone, and move the partition behind them.
+
+        Both in one transaction; the same gap again changes nothing. Raises FencedError and RetryError.
+        """
+        topic, number = partition
+        claim = self._claims[partition]
+        where = {"topic": topic, "topic_id": claim.topic_id, "partition": number, "to_offset": to_offset}
+        with transaction(self._engine) as connection:
+            connection.execute(_GAP, {**where, "from_offset": from_offset, "owner": OWNER})
+            moved = connection.execute(_PASS, {**where, "epoch": claim.epoch}).one_or_none()
+            if moved is None:
+                raise FencedError(f"Another process owns {topic}[{number}] now; it will meet the gap.")
+        self._claims[partition] = Claim(claim.topic_id, claim.epoch, moved.next_offset)
 
     def reload(self) -> None:
         """Read again where the claimed partitions stand, after a commit whose outcome is unknown.

@@ -1,9 +1,10 @@
-"""Sending events as a shop would: keyed by user, purchases apart from the rest, as fast as the broker takes them."""
+"""Sending events as a shop would: keyed by user, each kind on its topic, as fast as the broker takes them."""
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
+from innerloop.events import IMPRESSION
 from innerloop.streams import clients
 
 _POLL_EVERY = 1_000
@@ -17,14 +18,16 @@ class EventProducer:
 
     def __init__(self, settings: Settings) -> None:
         self._producer = clients.producer(settings.kafka, self._failed, linger_ms=2)
-        self._clicks, self._purchases = settings.topics.clicks, settings.topics.purchases
+        topics = settings.topics
+        self._clicks = topics.clicks
+        self._own_topics = {"purchase": topics.purchases, IMPRESSION: topics.impressions}
         self.sent = 0
         self.failed = 0
         self._why = ""
 
     def send(self, user_id: str, event_type: str, payload: bytes, timestamp_ms: int = 0) -> None:
         """Hand one event to Kafka; `timestamp_ms` (epoch) is the record's time, 0 the time of sending."""
-        topic = self._purchases if event_type == "purchase" else self._clicks
+        topic = self._own_topics.get(event_type, self._clicks)
         while True:
             try:
                 self._producer.produce(topic, payload, user_id, timestamp=timestamp_ms)

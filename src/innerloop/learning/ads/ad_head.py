@@ -1,4 +1,4 @@
-"""The ads' head: purchase given click, and the click where impressions exist, adapted to each user.
+"""The ads' head: purchase given click, adapted to each user; see `click_head` for where impressions exist.
 
 Of an ad it sees what the user's support set says of it (`pairs.describe`) and what everybody's events say
 (`POPULATION`). Everybody's answer s is the mean of a linear logit, whose priors are learned, and a committee's. A
@@ -56,7 +56,6 @@ class AdHead:
     own_columns: Tensor  # [K - 2] int64, columns of the design
     own_variances: Tensor  # [K] float64
     calibration: Platt = field(default_factory=Platt)
-    click_weights: Tensor | None = None  # [F] float64; only where impressions were seen
 
     @classmethod
     def fit(cls, columns: Tensor, labels: Tensor, *, mean: Tensor | None = None, seed: int = 0) -> "AdHead":
@@ -68,7 +67,7 @@ class AdHead:
         if not len(labels):
             raise ValueError("There is no click to learn from.")
         centre, scale = columns.double().mean(0), columns.double().std(0, correction=0)
-        x = _design(columns, centre, scale)
+        x = design(columns, centre, scale)
         weights = fit_shared(x, labels, _groups(), mean).mean
         cut = _held_out(len(labels))
         _, losses = train(x[:cut], labels[:cut], _MOST_EPOCHS, held_out=(x[cut:], labels[cut:]), seed=seed)
@@ -80,7 +79,7 @@ class AdHead:
 
     def own_features(self, columns: Tensor) -> Tensor:
         """What a user's own weights act on, [.., C] -> [.., K] float64: everybody's logit, 1, the own columns."""
-        x = _design(columns, self.centre, self.scale)
+        x = design(columns, self.centre, self.scale)
         flat = x.reshape(-1, x.shape[-1])
         logit = ((flat @ self.weights + self.committee(flat)) / 2).reshape(x.shape[:-1]).unsqueeze(-1)
         return torch.cat([logit, torch.ones_like(logit), x[..., self.own_columns]], -1)
@@ -114,9 +113,7 @@ class AdHead:
         features = self.own_features(torch.cat([asked, population], -1))
         if float(self.own_variances.max()) <= VARIANCES[0]:  # nobody differs: there is nothing to adapt
             return self.calibration(features @ self.own_mean)
-        bought = past.converted_at < at
-        known = past.mask & (past.kinds == 0) & (past.times < at) & (bought | (past.times + HOUR < at))
-        newest = torch.where(known, past.times, -1).topk(min(OWN_CLICKS, known.shape[1])).indices  # [T, <= 16]
+        bought, known, newest = newest_known(past, now)
         items, categories, times = (of.gather(1, newest) for of in (past.items, past.categories, past.times))
         earlier = describe(past, items, categories, times, rates.expand(items.shape))
         everybodys = past_population.gather(1, newest.unsqueeze(-1).expand(-1, -1, len(POPULATION)))
@@ -136,7 +133,7 @@ class AdHead:
             "calibration": numbers,
         }
         found |= {f"committee.{at}": tensor for at, tensor in enumerate(self.committee.tensors())}
-        return found if self.click_weights is None else found | {"click_weights": self.click_weights}
+        return found
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> "AdHead":
@@ -149,8 +146,18 @@ class AdHead:
             state["own_columns"],
             state["own_variances"],
             Platt(*state["calibration"].tolist()),
-            state.get("click_weights"),
         )
+
+
+def newest_known(past: Past, now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which past events [T, S] had converted by `now` [T] (epoch ms), which had a label, and the newest of these.
+
+    These are places [T, at most OWN_CLICKS]; where fewer have a label, some of the places have none.
+    """
+    at = now.unsqueeze(1)
+    positive = past.converted_at < at
+    known = past.mask & (past.kinds == 0) & (past.times < at) & (positive | (past.times + HOUR < at))
+    return positive, known, torch.where(known, past.times, -1).topk(min(OWN_CLICKS, known.shape[1])).indices
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def _held_out(examples: int) -> int:
     return max(1, int((1 - _HELD_OUT) * examples))
 
 
-def _design(columns: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+def design(columns: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
     """Standardised, clipped, with the intercept: [.., C] -> [.., F] float64. A constant column becomes 0."""
     spread = torch.where(scale > _LEAST_SPREAD, scale, torch.inf)
     standard = ((columns.double() - centre) / spread).clamp(-_CLIP, _CLIP)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from innerloop.learning.ads.ad_head import COLUMNS, POPULATION, AdHead
+from innerloop.learning.ads.click_model import ClickModel
 
-_HEAD = "head."
+_HEAD, _CLICKS = "head.", "clicks."
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class AdModel:
     categories: Tensor  # [C + 1, 6] float32
     rate: float
     """Everybody's conversion rate."""
+    clicks: ClickModel | None = None
+    """Where the history had impressions enough: then a list of ads is by click and purchase."""
 
     def to(self, device: torch.device) -> "AdModel":
         """The same on a device."""
@@ -32,22 +35,29 @@ class AdModel:
 
     def population(self, rows: Tensor, categories: Tensor) -> Tensor:
         """Columns [.., 6] of items by their row in the release, -1 for none, and their category's, -1 for none."""
-        known = (categories >= 0) & (categories < len(self.categories) - 1)
-        unmet = self.categories[torch.where(known, categories, len(self.categories) - 1)]
-        return torch.where((rows >= 0).unsqueeze(-1), self.items[rows.clamp(min=0)], unmet)
+        return _looked_up(self.items, self.categories, rows, categories)
+
+    def shown_population(self, rows: Tensor, categories: Tensor) -> Tensor:
+        """The same of impressions, for a model that has `clicks`; its items that were only shown have later rows."""
+        assert self.clicks is not None  # noqa: S101 - asked by who saw it
+        return _looked_up(self.clicks.items, self.clicks.categories, rows, categories)
 
     def state(self) -> dict[str, Tensor]:
         """Everything, by name."""
         numbers = {"items": self.items, "categories": self.categories}
         numbers["rate"] = torch.tensor([self.rate], dtype=torch.float64)
+        clicks = {} if self.clicks is None else self.clicks.state()
+        numbers |= {f"{_CLICKS}{name}": tensor for name, tensor in clicks.items()}
         return {f"{_HEAD}{name}": tensor for name, tensor in self.head.state().items()} | numbers
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> "AdModel":
         """Raises KeyError when something is missing, ValueError or TypeError when a number is none."""
         head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
+        of_clicks = {name.removeprefix(_CLICKS): tensor for name, tensor in state.items() if name.startswith(_CLICKS)}
         (rate,) = state["rate"].tolist()
-        return cls(AdHead.restore(head), state["items"], state["categories"], float(rate))
+        clicks = ClickModel.restore(of_clicks) if of_clicks else None
+        return cls(AdHead.restore(head), state["items"], state["categories"], float(rate), clicks)
 
     def faults(self, items: int, categories: int) -> Iterator[str]:
         """What does not fit a release of so many items and categories, or is no number."""
@@ -60,7 +70,6 @@ class AdModel:
             "weights": (self.head.weights, (features,)),
             "own columns": (self.head.own_columns, (max(own - 2, 0),)),
             "own variances": (self.head.own_variances, (max(own, 2),)),
-            "click weights": (self.head.click_weights, (features,)),
         }
         hidden, bias, out, offset = self.head.committee.tensors()
         members, units = (*hidden.shape, 0, 0)[:2]
@@ -80,3 +89,13 @@ class AdModel:
             yield "own columns that are no columns"
         if not bool((self.head.own_variances > 0).all()):
             yield "own variances that are not above 0"
+        if self.clicks is not None:
+            yield from self.clicks.faults(items, categories)
+
+
+def _looked_up(items: Tensor, categories: Tensor, rows: Tensor, of_rows: Tensor) -> Tensor:
+    """Rows of `items` [N, 6], or where there is none (-1, or beyond) the row of the item's category [C + 1, 6]."""
+    known = (of_rows >= 0) & (of_rows < len(categories) - 1)
+    unmet = categories[torch.where(known, of_rows, len(categories) - 1)]
+    met = (rows >= 0) & (rows < len(items))
+    return torch.where(met.unsqueeze(-1), items[torch.where(met, rows, 0)], unmet) if len(items) else unmet

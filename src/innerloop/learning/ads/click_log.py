@@ -4,13 +4,14 @@ Training and judging describe a click by the same functions, as of its own momen
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from innerloop.learning.ads.ad_head import OWN_CLICKS, AdHead
+from innerloop.learning.ads.ad_head import OWN_CLICKS
 from innerloop.learning.ads.attribution import HOUR, NEVER, Attribution, counted_before
 from innerloop.learning.ads.pairs import NAMES, Past, describe
 from innerloop.learning.ads.rates import ContentPrior
@@ -149,23 +150,37 @@ class Histories:
     def __init__(self, log: ConversionLog, capacity: int = CAPACITY) -> None:
         self._log, self._capacity = log, capacity
         self._order = np.lexsort((np.arange(len(log.users)), log.users))
-        self._starts = np.searchsorted(log.users[self._order], np.arange(log.users.max(initial=0) + 2))
+        self._users = log.users[self._order]
 
     def before(self, users: Ints, times: Ints) -> Windows:
         """The windows of users [M] strictly before times [M], newest first."""
         count = counted_before(self._log.users, self._log.times, users, times)
         back = np.arange(1, self._capacity + 1)
-        places = (self._starts[users] + count)[:, None] - back
+        places = (np.searchsorted(self._users, users) + count)[:, None] - back
         mask = back <= count[:, None]
         return Windows(self._order[np.maximum(places, 0)], mask, times)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """M moments: what is asked about, and when (epoch ms), [M] each."""
+
+    items: Ints
+    categories: Ints
+    times: Ints
+
+
 def own_columns(log: ConversionLog, at: Ints, windows: Windows, rate: Floats, *, lag: int = 0) -> Floats:
     """Columns pairs.NAMES [M, ..] of the clicks `at` [M] after these windows, as known `lag` ms before."""
+    return own_columns_of(log, Asked(log.items[at], log.categories[at], log.times[at]), windows, rate, lag=lag)
+
+
+def own_columns_of(log: ConversionLog, asked: Asked, windows: Windows, rate: Floats, *, lag: int = 0) -> Floats:
+    """Columns pairs.NAMES [M, ..] of what is asked [M] after these windows of the log, as known `lag` ms before."""
     parts = []
-    for first in range(0, len(at), _ROWS_AT_ONCE):
+    for first in range(0, len(asked.times), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        some, places = at[rows], windows.places[rows]
+        places = windows.places[rows]
         past = Past(
             items=torch.from_numpy(log.items[places]),
             categories=torch.from_numpy(log.categories[places]),
@@ -174,14 +189,20 @@ def own_columns(log: ConversionLog, at: Ints, windows: Windows, rate: Floats, *,
             converted_at=torch.from_numpy(log.attribution.converted_at[places]),
             mask=torch.from_numpy(windows.mask[rows]),
         )
-        asked = [torch.from_numpy(v[some])[:, None] for v in (log.items, log.categories, log.times)]
+        now = [torch.from_numpy(v[rows])[:, None] for v in (asked.items, asked.categories, asked.times)]
         rates = torch.from_numpy(rate[rows]).float()[:, None]
-        parts.append(describe(past, asked[0], asked[1], asked[2], rates, lag=lag)[:, 0].double().numpy())
+        parts.append(describe(past, now[0], now[1], now[2], rates, lag=lag)[:, 0].double().numpy())
     return np.concatenate(parts) if parts else np.zeros((0, len(NAMES)))
 
 
+class Adaptable(Protocol):
+    """What `adapted` needs of a head."""
+
+    def adapt(self, features: Tensor, labels: Tensor, weights: Tensor) -> Tensor: ...
+
+
 def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
-    log: ConversionLog, head: AdHead, support: Tensor, rows: Ints, windows: Windows, asked: Tensor
+    log: ConversionLog, head: Adaptable, support: Tensor, rows: Ints, windows: Windows, asked: Tensor
 ) -> Floats:
     """Logits [M] by the weights that each window's clicks give, with the labels as known strictly before its end.
 

@@ -30,20 +30,20 @@ def past_of(
     known = items >= 0
     clicks, purchases = known & (types == _CLICK), known & (types == _PURCHASE)
     converted = attribute(tasks, items, times, clicks, purchases, window=window).converted_at
-    width = max(1, int(sizes.max(initial=0)))
-    at = ranges(np.arange(len(sizes)) * width, sizes)
-
-    def padded(values: NDArray[np.int64], fill: int) -> torch.Tensor:
-        found = np.full(len(sizes) * width, fill, np.int64)
-        found[at] = values
-        return torch.from_numpy(found.reshape(len(sizes), width)).to(device)
-
-    there = padded(np.ones(len(times), np.int64), 0).bool()
     return Past(
-        items=padded(np.where(known, items, -2 - np.arange(len(items))), -1),
-        categories=padded(categories, -1),
-        kinds=padded(types - 1, len(KINDS)),
-        times=padded(times, 0),
-        converted_at=padded(converted, NEVER),
-        mask=there,
+        items=pad(sets, np.where(known, items, -2 - np.arange(len(items))), -1, device),
+        categories=pad(sets, categories, -1, device),
+        kinds=pad(sets, types - 1, len(KINDS), device),
+        times=pad(sets, times, 0, device),
+        converted_at=pad(sets, converted, NEVER, device),
+        mask=pad(sets, np.ones(len(times), np.int64), 0, device).bool(),
     )
+
+
+def pad(sets: SupportSets, values: NDArray[np.int64], fill: int, device: torch.device | None = None) -> torch.Tensor:
+    """`values` [N] of the examples as [T, S], with `fill` behind the shorter sets."""
+    sizes = sets.sizes
+    width = max(1, int(sizes.max(initial=0)))
+    found = np.full(len(sizes) * width, fill, np.int64)
+    found[ranges(np.arange(len(sizes)) * width, sizes)] = values
+    return torch.from_numpy(found.reshape(len(sizes), width)).to(device)

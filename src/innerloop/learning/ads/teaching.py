@@ -33,13 +33,13 @@ from innerloop.learning.ads.click_log import (
     rate_before,
     rows_of,
 )
+from innerloop.learning.ads.figures import auc, calibration_error
 from innerloop.learning.ads.pairs import KINDS
 from innerloop.learning.encoder import Encoder
 
 _MOST = 20_000
 _HELD_OUT = 0.3
 _LEAST_CLICKS, _LEAST_SOLD = 100, 10  # of each part
-_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -174,18 +174,3 @@ def _figures(logits: Tensor, labels: Tensor, calibrating: int) -> dict[str, floa
         "ads_calibration_error": calibration_error(p, y),
         "ads_predicted_over_observed": float(p.sum() / y.sum()),
     }
-
-
-def auc(predictions: Tensor, labels: Tensor) -> float:
-    """The chance that a positive of [N] is above a negative, ties half."""
-    groups = np.unique(predictions.numpy(), return_inverse=True)[1]
-    positive = np.bincount(groups, labels.numpy())
-    negative = np.bincount(groups, 1.0 - labels.numpy())
-    below = np.cumsum(negative) - negative / 2
-    return float(positive @ below / (positive.sum() * negative.sum()))
-
-
-def calibration_error(predictions: Tensor, labels: Tensor) -> float:
-    """Mean over ten bins of equally many of |mean prediction - share of positives|, both [N]."""
-    gaps = (predictions - labels)[predictions.argsort(stable=True)]
-    return float(sum(part.sum().abs() for part in torch.tensor_split(gaps, _BINS)) / len(gaps))

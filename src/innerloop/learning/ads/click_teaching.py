@@ -1,0 +1,238 @@
+"""Learning a release's click model from impressions, calibrated and measured on its later ones.
+
+1. The impressions whose click and purchase windows have ended have final labels; those of as many users as have `_MOST`
+   together are described. The last three tenths of them are held out.
+2. Both heads are learned on the earlier ones whose labels were final when the held-out ones began.
+3. On the first half of the held-out ones are chosen how much users differ, and, for the figures, the calibrations; the
+   figures are those of the second half.
+4. The heads that are kept are learned on all of them; their calibrations are those of the first heads on all held-out
+   impressions: the click's on all of these, the purchase's on the clicked ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+
+from innerloop.events import CODES, IMPRESSION
+from innerloop.learning.ads.ad_head import VARIANCES
+from innerloop.learning.ads.attribution import DAY, NEVER, Attribution, attribute
+from innerloop.learning.ads.calibration import Platt
+from innerloop.learning.ads.click_head import ClickHead
+from innerloop.learning.ads.click_log import (
+    Asked,
+    ConversionLog,
+    Histories,
+    Ints,
+    adapted,
+    content_prior,
+    own_columns_of,
+    population_of,
+    rate_before,
+    rows_of,
+)
+from innerloop.learning.ads.click_model import ClickModel
+from innerloop.learning.ads.figures import auc, calibration_error
+from innerloop.learning.ads.impressions import CLICK_WINDOW, attribute_clicks, attribute_purchases
+from innerloop.learning.ads.pairs import KINDS
+from innerloop.learning.encoder import Encoder
+
+MOST = 40_000
+_HELD_OUT = 0.3
+_LEAST_IMPRESSIONS, _LEAST_CLICKED, _LEAST_SOLD = 200, 20, 5  # of each part
+
+
+@dataclass(frozen=True)
+class ShownLog:
+    """What users did, and what they were shown, numbered alike: see `shown_log`."""
+
+    did: ConversionLog
+    shown: ConversionLog
+    """Its events are impressions, which convert when they are clicked."""
+    bought_at: Ints  # [N] of the impressions, epoch ms; NEVER
+    only_shown: list[str]
+    """Items that nobody did anything with; they are numbered behind those of the encoder."""
+
+
+@dataclass(frozen=True)
+class _Impressions:
+    """Impressions with final labels, in order of time: what was known before each, and what came of it."""
+
+    log: ShownLog
+    places: Ints  # [N], in the log of impressions
+    columns: Tensor  # [N, 2C]
+    clicked: Tensor  # [N] float64
+    bought: Tensor  # [N] float64
+    histories: Histories
+
+    def click_logits(self, head: ClickHead, some: slice) -> Tensor:
+        """Uncalibrated logits of some of them, each after what its user had been shown and done before."""
+        shown, at, features = self.log.shown, self.places[some], head.own_features(self.columns)
+        windows = self.histories.before(shown.users[at], shown.times[at])
+        return torch.from_numpy(adapted(shown, head, features, rows_of(shown, self.places), windows, features[some]))
+
+    def enough(self, some: slice) -> bool:
+        """Whether a part of them can be learned from or judged by."""
+        clicked = self.clicked[some]
+        return (
+            len(clicked) >= _LEAST_IMPRESSIONS
+            and _LEAST_CLICKED <= float(clicked.sum()) < len(clicked)
+            and _LEAST_SOLD <= float(self.bought[some].sum()) < float(clicked.sum())
+        )
+
+
+def learn_clicks(
+    history: pl.DataFrame, impressions: pl.DataFrame, encoder: Encoder, *, capacities: tuple[int, int], seed: int
+) -> tuple[ClickModel | None, dict[str, float]]:
+    """Learn from event tables in order of time, for the items and categories of the encoder, which knows the history's.
+
+    `capacities` are those of the support sets and of the impressions kept beside them. Also returns the figures on
+    held-out impressions by name. (None, {}) when there are too few impressions, clicks on them, or purchases.
+    """
+    if impressions.is_empty():
+        return None, {}
+    known = _final(shown_log(history, impressions, encoder), capacities, seed)
+    count = len(known.places)
+    if not known.enough(slice(None)):
+        return None, {}
+    times = known.log.shown.times[known.places]
+    cut = round(count * (1.0 - _HELD_OUT))
+    middle = cut + (count - cut) // 2
+    before = int(np.searchsorted(times, times[cut] - DAY - CLICK_WINDOW))
+    if not all(known.enough(part) for part in (slice(0, before), slice(cut, middle), slice(middle, None))):
+        return None, {}
+    early = ClickHead.fit(known.columns[:before], known.clicked[:before], known.bought[:before])
+    early = early.with_variance(_best_variance(early, known, slice(cut, middle)))
+    last = slice(cut, None)
+    click, purchase = known.click_logits(early, last), early.purchase_logits(known.columns[last])
+    clicked, bought = known.clicked[last], known.bought[last]
+    figures = _figures((click, purchase), (clicked, bought), middle - cut)
+    head = replace(
+        ClickHead.fit(known.columns, known.clicked, known.bought).with_variance(float(early.own_variances[0])),
+        click_calibration=Platt.fit(click, clicked),
+        purchase_calibration=Platt.fit(purchase[clicked > 0], bought[clicked > 0]),
+    )
+    return _model(known.log, head, encoder), figures
+
+
+def shown_log(history: pl.DataFrame, impressions: pl.DataFrame, encoder: Encoder) -> ShownLog:
+    """Number the events of both tables alike, and attribute clicks and purchases to impressions."""
+    known = set(encoder.item_ids)
+    only_shown = sorted(set(impressions["item_id"].cast(pl.String).to_list()) - known)
+    category_rows = encoder.category_rows_of(_newest_categories(impressions, only_shown)).numpy()
+    of_item = np.concatenate([encoder.item_categories.numpy(), category_rows])
+    table = pl.concat([_columns(history), _columns(impressions)]).sort("event_time", maintain_order=True)
+    names = pl.Series([*encoder.item_ids, *only_shown], dtype=pl.String)
+    items = table["item_id"].replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64).to_numpy()
+    users = (table["user_id"].rank("dense").cast(pl.Int64) - 1).to_numpy()
+    codes = {name: CODES[name] - 1 for name in KINDS} | {IMPRESSION: -1}
+    kinds = table["event_type"].replace_strict(codes, default=len(KINDS), return_dtype=pl.Int64).to_numpy()
+    times = table["event_time"].to_numpy().astype(np.int64)
+    seen, clicks, purchases = kinds == -1, kinds == 0, kinds == KINDS.index("purchase")
+    clicked = attribute_clicks(users, items, times, seen, clicks)
+    bought_at = attribute_purchases(users, items, clicked, purchases)
+    sold = attribute(users, items, times, clicks, purchases, window=DAY)
+
+    def part(rows: Ints, kinds: Ints, found: Attribution) -> ConversionLog:
+        told = Attribution(times[rows], found.clicks[rows], found.converted_at[rows])
+        return ConversionLog(users[rows], items[rows], of_item[items[rows]], kinds[rows], times[rows], told)
+
+    did, shown = np.flatnonzero(~seen), np.flatnonzero(seen)
+    return ShownLog(part(did, kinds, sold), part(shown, np.zeros_like(kinds), clicked), bought_at[shown], only_shown)
+
+
+def _columns(table: pl.DataFrame) -> pl.DataFrame:
+    names = ("user_id", "item_id", "event_type")
+    return table.select(*(pl.col(name).cast(pl.String) for name in names), pl.col("event_time").cast(pl.Int64))
+
+
+def _newest_categories(table: pl.DataFrame, items: list[str]) -> list[str | None]:
+    if "category" not in table.columns:
+        return [None] * len(items)
+    found = dict(table.drop_nulls("category").select("item_id", "category").iter_rows())
+    return [found.get(item) for item in items]
+
+
+def _final(log: ShownLog, capacities: tuple[int, int], seed: int) -> _Impressions:
+    """Those whose windows end within the log, of users drawn at random."""
+    shown = log.shown
+    end = max(int(part.times[-1]) for part in (log.did, shown))
+    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - DAY - CLICK_WINDOW), seed)
+    histories, exposures = Histories(log.did, capacities[0]), Histories(shown, max(1, capacities[1]))
+    asked = Asked(shown.items[at], shown.categories[at], shown.times[at])
+    held_out_from = int(asked.times[round(len(at) * (1.0 - _HELD_OUT))]) if len(at) else 0
+    parts = []
+    for part, history in ((log.did, histories), (shown, exposures)):
+        # All that is learned here are the prior's two strengths: of the part before what is held out.
+        prior = content_prior(part, held_out_from)
+        everybody = population_of(part, asked.items, asked.categories, asked.times, prior)
+        windows = history.before(shown.users[at], asked.times)
+        parts += [own_columns_of(part, asked, windows, everybody.rate), everybody.columns]
+    labels = [(when[at] < NEVER).astype(np.float64) for when in (shown.attribution.converted_at, log.bought_at)]
+    clicked, bought = map(torch.from_numpy, labels)
+    return _Impressions(log, at, torch.from_numpy(np.concatenate(parts, 1)), clicked, bought, exposures)
+
+
+def _of_some_users(shown: ConversionLog, at: Ints, seed: int) -> Ints:
+    """The impressions `at` of as many users, in random order, as have `MOST` of them together: all, or none."""
+    order = np.random.default_rng(seed).permutation(int(shown.users.max()) + 1)
+    counts = np.bincount(shown.users[at], minlength=len(order))[order]
+    drawn = np.zeros(len(order), bool)
+    drawn[order[np.cumsum(counts) <= MOST]] = True
+    return at[drawn[shown.users[at]]]
+
+
+def _best_variance(head: ClickHead, known: _Impressions, some: slice) -> float:
+    """How much users differ in what they click, judged by log-loss on some of the impressions."""
+    foretold = [known.click_logits(head.with_variance(variance), some) for variance in VARIANCES]
+    losses = [float(binary_cross_entropy_with_logits(logits, known.clicked[some])) for logits in foretold]
+    return VARIANCES[min(range(len(losses)), key=losses.__getitem__)]
+
+
+def _model(log: ShownLog, head: ClickHead, encoder: Encoder) -> ClickModel:
+    """With what is known behind the last event."""
+    shown = log.shown
+    end = max(int(part.times[-1]) for part in (log.did, shown)) + 1
+    prior = content_prior(shown, end)
+
+    def known(asked: Ints, of: Ints) -> Tensor:
+        return torch.from_numpy(population_of(shown, asked, of, np.full(len(asked), end), prior).columns).float()
+
+    rows = np.arange(len(encoder.item_ids) + len(log.only_shown))
+    of_item = np.full(len(rows), -1)
+    of_item[: len(encoder.item_ids)] = encoder.item_categories.numpy()
+    of_item[shown.items] = shown.categories
+    numbers = np.append(np.arange(len(encoder.categories)), -1)
+    return ClickModel(
+        head,
+        known(rows, of_item),
+        known(np.full(len(numbers), -1), numbers),
+        log.only_shown,
+        float(rate_before(shown, np.array([end]))[0]),
+    )
+
+
+def _figures(logits: Sequence[Tensor], labels: Sequence[Tensor], calibrating: int) -> dict[str, float]:
+    """Of the impressions after the first `calibrating` ones, on which the calibrations are fitted.
+
+    Click (`ads_click_*`), and click and purchase over all impressions, clicked or not (`ads_ctcvr_*`).
+    """
+    (click, purchase), (clicked, bought) = logits, labels
+    first, last = slice(0, calibrating), slice(calibrating, None)
+    some = clicked[first] > 0
+    p = Platt.fit(click[first], clicked[first])(click[last])
+    both = p * Platt.fit(purchase[first][some], bought[first][some])(purchase[last])
+    found = {"ads_impressions": float(len(p))}
+    for name, chances, y in (("click", p, clicked[last]), ("ctcvr", both, bought[last])):
+        found |= {
+            f"ads_{name}_positives": float(y.sum()),
+            f"ads_{name}_auc": auc(chances, y),
+            f"ads_{name}_log_loss": float(binary_cross_entropy(chances, y)),
+            f"ads_{name}_calibration_error": calibration_error(chances, y),
+            f"ads_{name}_predicted_over_observed": float(chances.sum() / y.sum()),
+        }
+    return found
