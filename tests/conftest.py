@@ -23,6 +23,13 @@ def services() -> Iterator[Services]:
         yield running
 
 
+@pytest.fixture
+def kip_848(services: Services) -> None:
+    """The test needs the consumer group protocol that came with Kafka 4.0."""
+    if services.kafka and int(services.kafka.version.partition(".")[0]) < 4:
+        pytest.skip(f"Kafka {services.kafka.version} has no consumer group protocol")
+
+
 @pytest.fixture(scope="session")
 def template(services: Services) -> Iterator[str]:
     """A database with our tables, from which each test's own is copied."""

@@ -44,19 +44,25 @@ class Jar:
 
 
 def chosen_version() -> str:
-    """Kafka's version: INNERLOOP_KAFKA_VERSION or the one this release was tested with."""
-    return os.environ.get("INNERLOOP_KAFKA_VERSION", DEFAULT_VERSION)
+    """Kafka's version: INNERLOOP_KAFKA_VERSION, of which 3.9 is enough, or the one this release was tested with."""
+    asked = os.environ.get("INNERLOOP_KAFKA_VERSION", DEFAULT_VERSION)
+    return next((version for version in locked_versions() if f"{version}.".startswith(f"{asked}.")), asked)
+
+
+def locked_versions() -> list[str]:
+    """The versions that there is a lock for."""
+    return sorted(path.name.removeprefix("kafka-").removesuffix(".lock") for path in LOCK_FOLDER.glob("kafka-*.lock"))
 
 
 def read_lock(version: str) -> list[Jar]:
     """The jars of a Kafka version; raises SettingsError when there is no lock for it."""
-    locks = {path.name.removeprefix("kafka-").removesuffix(".lock"): path for path in LOCK_FOLDER.glob("kafka-*.lock")}
-    if version not in locks:
+    if version not in locked_versions():
         raise SettingsError(
-            f"INNERLOOP_KAFKA_VERSION is {version!r}, but there are locks for {', '.join(sorted(locks))} only: "
+            f"INNERLOOP_KAFKA_VERSION is {version!r}, but there are locks for {', '.join(locked_versions())} only: "
             "choose one of these, or make a lock with `python -m innerloop.worker.kafka_server lock <version>`."
         )
-    lines = [line.split() for line in locks[version].read_text().splitlines() if line and not line.startswith("#")]
+    lock = (LOCK_FOLDER / f"kafka-{version}.lock").read_text()
+    lines = [line.split() for line in lock.splitlines() if line and not line.startswith("#")]
     return [Jar(sha256, coordinate) for sha256, coordinate in lines]
 
 

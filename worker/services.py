@@ -123,10 +123,13 @@ def up(settings: Settings, data_dir: Path | None, announce: Callable[[str], None
 
 
 def _exports(services: Services) -> list[str]:
-    return [
-        f"export INNERLOOP_KAFKA__BOOTSTRAP_SERVERS={services.bootstrap_servers}",
-        f"export INNERLOOP_DATABASE__URL={services.database_url}",
-    ]
+    """Of those that were started: somebody else's address may hold a password that is not ours to print."""
+    found = []
+    if services.kafka:
+        found.append(f"export INNERLOOP_KAFKA__BOOTSTRAP_SERVERS={services.bootstrap_servers}")
+    if services.postgres:
+        found.append(f"export INNERLOOP_DATABASE__URL={services.database_url}")
+    return found
 
 
 def _wait(servers: list[Server]) -> None:

@@ -1,6 +1,6 @@
 """Adapt: users per second, from support sets in Postgres to encoded score records.
 
-    tests/bench.sh adapt [--users 20000] [--device cpu] [--json FILE]
+    tests/bench.sh adapt [--users 20000] [--device cpu] [--sequence] [--json FILE]
 
 The default head (bayes, d = 64) with 32 examples a user, the 50 best of 50,000 items, torch's default number of
 threads in one process. The release is random: only its sizes matter for time. What runs is `innerloop.adapt.Adapt`
@@ -33,7 +33,7 @@ import torch
 from cluster import running_cluster
 from machine import Report, describe, options
 from prometheus_client import REGISTRY
-from random_release import random_release, with_ranker
+from random_release import random_release, with_ranker, with_sequence
 from sqlalchemy import Engine, text
 
 from innerloop.adapt import Adapt
@@ -51,7 +51,7 @@ from innerloop.trends import ACTIVITY, PREVIOUS, Activity
 _UNIT = "users/s"
 _AT_ONCE = 1_024
 _ACTIVITY = 200 * _AT_ONCE
-_STEPS = ("read", "solve", "score", "candidates", "rank", "encode", "publish")
+_STEPS = ("read", "solve", "score", "sequence", "candidates", "rank", "encode", "publish")
 _TOLERANCE = 1e-3
 _SAMPLE = 50
 _WRITTEN_AT_ONCE = 20_000
@@ -79,6 +79,7 @@ class Bench:
     def __init__(self, asked: argparse.Namespace, settings: Settings, folder: Path) -> None:
         self.users = [f"user-{number}" for number in range(asked.users)]
         self.batch, self.repeats, self.device = settings.adapt.batch_size, asked.repeats, torch.device(asked.device)
+        self.sequence = asked.sequence
         self.release = random_release(asked.items, settings.learning.dimension)
         engine = connect(settings.database)
         self.sets = _random_sets(asked.users, asked.examples, asked.items)
@@ -102,7 +103,7 @@ class Bench:
     def rank(self) -> None:
         """From now on lists are ranked: a ranker, and a stream of activity to find candidates in."""
         scorer = self.adapt._scorer
-        scorer.use(with_ranker(self.release))
+        scorer.use(with_ranker(with_sequence(self.release) if self.sequence else self.release))
         for first in range(0, _ACTIVITY, _AT_ONCE):
             scorer.observe(_random_activity(first, len(self.release.item_ids)))
 
@@ -169,6 +170,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--single", type=int, default=500, help="users adapted one by one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sequence", action="store_true", help="lists by a sequence model, too")
     return parser.parse_args()
 
 

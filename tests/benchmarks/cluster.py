@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import psycopg2
 from confluent_kafka import TopicPartition
 from machine import CONSOLE
 from psycopg2.extensions import connection as Connection  # noqa: N812 - it is a class
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from sqlalchemy.engine import URL, make_url
 
 from innerloop.config import Settings, load_settings
@@ -34,6 +35,8 @@ from innerloop.worker.services import running_services
 
 _IMAGE_SECONDS = 120.0
 _STOP_SECONDS = 15.0
+_LOOK_SECONDS = 0.02
+_LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,23 @@ def require_running(process: "subprocess.Popen[bytes]", log: Path) -> None:
     """Leave with the end of the log when a process of the benchmark has ended."""
     if process.poll() is not None:
         raise SystemExit(f"A process under test ended with code {process.returncode}:\n{tail(log)}")
+
+
+def seen(process: "subprocess.Popen[bytes]", log: Path, done: Callable[[], bool]) -> float:
+    """When it was seen to be done, on the monotonic clock; looked at every 20 ms."""
+    until = time.monotonic() + _LIMIT_SECONDS
+    while not done():
+        require_running(process, log)
+        if time.monotonic() > until:
+            raise SystemExit(f"Not done after {_LIMIT_SECONDS:.0f} s:\n{tail(log)}")
+        time.sleep(_LOOK_SECONDS)
+    return time.monotonic()
+
+
+def ledger(cursor: Cursor, topic: str, what: str) -> int:
+    """An aggregate over the partitions of a topic in the ledger."""
+    cursor.execute(f"SELECT {what} FROM partition_ledger WHERE topic = %s", (topic,))
+    return int((cursor.fetchone() or (0,))[0])
 
 
 def tail(log: Path, size: int = 1_500) -> str:

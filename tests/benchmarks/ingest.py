@@ -24,25 +24,21 @@ ingest.faust, .quix,        per-user arrays by batched upserts into the same Pos
 import argparse
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from clicks import Clicks, Stored, send
-from cluster import Cluster, command, require_running, running_cluster, tail
+from cluster import Cluster, command, ledger, running_cluster, seen
 from ingest_limits import kafka_limit, postgres_limit, stored
 from ingest_peers import SCRIPTS, measure
 from machine import CONSOLE, Report, describe, options
 from peer_environment import PeerError
-from psycopg2.extensions import cursor as Cursor  # noqa: N812 - it is a class
 
 from innerloop.config import load_settings
 
-_LOOK_SECONDS = 0.02
-_LIMIT_SECONDS = 600.0
 _UNIT = "events/s"
 _PARTS = ("innerloop", "limits", *SCRIPTS)
 
@@ -143,27 +139,11 @@ def _run(cluster: Cluster, clicks: Clicks, processes: int) -> _Run:
         connection = database.open()
         cursor = connection.cursor()
         with command(["ingest", "--processes", str(processes)], environment, log) as process:
-            began = _wait(process, log, lambda: _look(cursor, topic, "count(*)") > 0)
-            ended = _wait(process, log, lambda: _look(cursor, topic, "coalesce(sum(next_offset), 0)") >= len(clicks))
-            owners, peak = _look(cursor, topic, "count(DISTINCT owner)"), _peak_mb(process)
+            began = seen(process, log, lambda: ledger(cursor, topic, "count(*)") > 0)
+            ended = seen(process, log, lambda: ledger(cursor, topic, "coalesce(sum(next_offset), 0)") >= len(clicks))
+            owners, peak = ledger(cursor, topic, "count(DISTINCT owner)"), _peak_mb(process)
         connection.close()
         return _Run(len(clicks) / (ended - began), peak, owners, stored(settings))
-
-
-def _wait(process: "subprocess.Popen[bytes]", log: Path, done: Callable[[], bool]) -> float:
-    """When it was seen to be done, on the monotonic clock."""
-    until = time.monotonic() + _LIMIT_SECONDS
-    while not done():
-        require_running(process, log)
-        if time.monotonic() > until:
-            raise SystemExit(f"Not done after {_LIMIT_SECONDS:.0f} s:\n{tail(log)}")
-        time.sleep(_LOOK_SECONDS)
-    return time.monotonic()
-
-
-def _look(cursor: Cursor, topic: str, what: str) -> int:
-    cursor.execute(f"SELECT {what} FROM partition_ledger WHERE topic = %s", (topic,))
-    return int((cursor.fetchone() or (0,))[0])
 
 
 def _peak_mb(process: "subprocess.Popen[bytes]") -> float:

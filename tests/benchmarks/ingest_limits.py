@@ -104,12 +104,13 @@ def _write_all(settings: Settings, share: int, batches: Sequence[_Batch], barrie
     barrier.wait()
     for batch in batches:
         with transaction(engine) as connection:
-            connection.execute(support_sets._STAGE)
             cursor = cursor_of(connection)
+            cursor.execute(support_sets._STAGE.format("support_sets"))
             cursor.copy_expert("COPY incoming_support_sets FROM STDIN (FORMAT binary)", io.BytesIO(batch.stream))
-            cursor.execute(support_sets._MERGE)
-            if cursor.rowcount != batch.rows:
-                raise RuntimeError(f"{cursor.rowcount} of {batch.rows} rows were merged")
+            cursor.execute(support_sets._MERGE.format("support_sets"))
+            written = (cursor.fetchone() or (0,))[0]
+            if written != batch.rows:
+                raise RuntimeError(f"{written} of {batch.rows} rows were merged")
             ledger.advance(connection, {(topic, share): batch.next_offset})
         ledger.advanced({(topic, share): batch.next_offset})
     engine.dispose()

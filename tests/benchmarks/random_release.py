@@ -5,19 +5,42 @@ from datetime import UTC, datetime
 
 import torch
 
-from innerloop.learning.candidates import FEATURES
+from innerloop.learning.candidates import FEATURES, PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads.bayes import BayesHead
+from innerloop.learning.history_encoder import history_encoder
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Card, DataSummary, Release
+from innerloop.learning.sequence_encoder import SequenceEncoder
+from innerloop.learning.transitions import KEPT, Transitions
 
 
 def with_ranker(release: Release) -> Release:
     """The same with an untaught ranker, frozen as a taught one is."""
     torch.manual_seed(0)
-    ranker = Ranker.new(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)))
+    width = PLAIN if release.sequence is None else len(FEATURES)
+    ranker = Ranker.new(torch.zeros(width), torch.ones(width))
     ranker.network.requires_grad_(requires_grad=False)
     return replace(release, ranker=ranker)
+
+
+def with_sequence(release: Release, seed: int = 0) -> Release:
+    """The same with an untaught sequence model of the default kind, and transitions drawn at random."""
+    items, dimension, capacity = len(release.item_ids), 64, 64
+    torch.manual_seed(seed)
+    history = history_encoder("pooled", dimension, capacity=capacity, dropout=0.0).eval()
+    history.requires_grad_(requires_grad=False)
+    model = SequenceEncoder(
+        vectors=torch.randn(items, dimension + 1),
+        unseen=torch.zeros(dimension + 1),
+        category_vectors=torch.zeros(0, dimension + 1),
+        kind="pooled",
+        capacity=capacity,
+        layers=1,
+        history=history,
+    )
+    neighbours = torch.randint(items, (items, KEPT), dtype=torch.int32)
+    return replace(release, sequence=model, transitions=Transitions(neighbours, torch.rand(items, KEPT)))
 
 
 def random_release(items: int, dimension: int, seed: int = 0) -> Release:

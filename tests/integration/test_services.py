@@ -135,8 +135,7 @@ def test_what_is_set_is_used_and_not_started(monkeypatch: pytest.MonkeyPatch) ->
     )
     said: list[str] = []
     services.up(outside, None, said.append)
-    assert "export INNERLOOP_KAFKA__BOOTSTRAP_SERVERS=broker:9092" in said
-    assert "export INNERLOOP_DATABASE__URL=postgresql+psycopg2://db/shop" in said
+    assert said == ["# Both are set already: nothing was started."], "an address may hold somebody's password"
     monkeypatch.setattr(KafkaServer, "start", lambda _: pytest.fail("an outside broker is set"))
     half = Settings(kafka=KafkaSettings(bootstrap_servers="broker:9092"), database=DatabaseSettings())
     with running_services(half) as running:

@@ -6,6 +6,8 @@ from functools import cached_property
 
 from confluent_kafka import Message
 
+from innerloop.tracing import newest_parents
+
 Partition = tuple[str, int]
 """(topic, partition)"""
 
@@ -96,6 +98,10 @@ class Batch:
 
     def record(self, position: int) -> Record:
         return record_of(self._messages[position])
+
+    def trace_parents(self) -> dict[str, str]:
+        """By key, the newest W3C trace context that its records carry."""
+        return newest_parents((message.key(), record_of(message).headers) for message in self._messages)
 
     def keeping(self, wanted: Callable[[Partition], bool]) -> "Batch":
         """The records of the partitions that are wanted; itself when that is all of them."""

@@ -6,6 +6,8 @@ What a processor may rely on:
   batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
 - RetryError from either: the partitions are paused, polling goes on (no rebalance), and the same call is made again.
 - `revoked` is called after the last batch of those partitions, when their offsets are committed.
+- `gap` is called only when gaps are accepted: a partition's records before `to_offset` are gone, and reading goes on
+  there as soon as it returns.
 - Any StopError leaves the loop; what was not committed is read again by the next owner.
 """
 
@@ -21,11 +23,19 @@ from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.streams import clients
 from innerloop.streams.batch import Batch, Partition
+from innerloop.streams.waiting import Waiting, close
 
 _LOG = structlog.get_logger(__name__)
 _COMMIT_SECONDS = 0.2
 _RETRY_SECONDS = 0.5
 _IDLE_SECONDS = 0.1
+_JOIN_SECONDS = 20.0
+_NOT_JOINED = (
+    "the broker has given it no partitions yet: is it there, does this user have READ on the group and its topics, "
+    "and, with kafka.group_protocol consumer, is it Kafka 4.0 or newer?"
+)
+_LAST_COMMIT_SECONDS = 1.5
+"""How long a stop waits for the broker to take the last offsets: what it does not take is read again."""
 
 
 class Processor(Protocol):
@@ -37,6 +47,9 @@ class Processor(Protocol):
     def revoked(self, partitions: Sequence[Partition]) -> None: ...
 
     def handle(self, batch: Batch) -> None: ...
+
+    def gap(self, partition: Partition, from_offset: int, to_offset: int) -> None:
+        """Go on at `to_offset`: the records since `from_offset` are gone. Raises RetryError."""
 
     def idle(self) -> None:
         """Called after each batch and at least every 0.1 s; what raises RetryError is called again."""
@@ -55,15 +68,40 @@ class Loop:
         batch_size: int,
         poll_seconds: float,
         stopping: Callable[[], bool],
+        accept_gap: bool = False,
+        instance: str | None = None,
     ) -> None:
+        """`instance` is the name of a static member (KIP-345): one that comes back within its session moves nothing."""
         self._group, self._topics, self._processor = group, list(topics), processor
         self._batch_size, self._poll_seconds, self._stopping = batch_size, poll_seconds, stopping
         # A start below the log's beginning means that retention has passed us: that is for a person to decide.
-        self._consumer: Consumer = clients.consumer(settings, group, auto_offset_reset="error")
+        own: dict[str, clients.Value] = {} if instance is None else {"group_instance_id": instance}
+        self._consumer: Consumer = clients.consumer(
+            settings, group, on_commit=self._on_commit, auto_offset_reset="error", **own
+        )
         self._owned: set[Partition] = set()
         self._unclaimed: set[Partition] = set()
         self._done: dict[Partition, int] = {}
         self._committed_at = 0.0
+        self._committing = 0
+        self._accept_gap = accept_gap
+        self._gaps: dict[Partition, int] = {}
+        self._outage, self._uncommitted = Waiting("paused"), Waiting("offsets not committed", patience=5.0)
+        self._joining = Waiting("not in its group", patience=_JOIN_SECONDS)
+        self._left = False
+        self.turned_at = time.monotonic()
+        """When it last turned: what probes judge it by. Waiting for an outage is turning."""
+        self._joined = False
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has given it its partitions, none included, and all of them are claimed."""
+        return self._joined and not self._unclaimed
+
+    @property
+    def owned(self) -> frozenset[Partition]:
+        """The partitions of this process now; safe to read from another thread."""
+        return frozenset(self._owned.copy())
 
     def run(self) -> None:
         """Work until told to stop; the batch in hand is finished and committed. Raises StopError."""
@@ -72,15 +110,31 @@ class Loop:
         )
         try:
             while not self._stopping():
+                self._turned()
+                if not self._joined:
+                    self._joining.goes_on(_NOT_JOINED)
                 self._claim_again()
+                self._pass_gaps()
                 batch = self._poll()
                 if len(batch):
                     self._persist(batch)
                 self._commit()
                 self._idle()
-            self._commit(wait=True)
         finally:
-            self._consumer.close()
+            try:
+                self._commit_last()
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        # Closing is done by another thread, which may outlive us: its callbacks find nothing left to do.
+        self._left = True
+        self._give_up(sorted(self._owned))
+        close(self._consumer)
+
+    def _turned(self) -> None:
+        self.turned_at = time.monotonic()
+        metrics.LAST_TURN.set_to_current_time()
 
     # --- polling
 
@@ -104,10 +158,10 @@ class Loop:
         if error is None:
             return False
         if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - the library's constants are named so
-            raise StopError(
-                f"{message.topic()}[{message.partition()}] no longer holds the next record this worker needs "
-                f"({error.str()}): retention has passed it, and what lay between is gone. Nothing was skipped."
-            )
+            partition = (message.topic() or "", message.partition() or 0)
+            if partition in self._owned:
+                self._gaps[partition] = message.offset() or 0
+            return True
         if error.code() in _MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
         if error.fatal():
@@ -119,31 +173,37 @@ class Loop:
 
     def _persist(self, batch: Batch) -> None:
         """Hand over the batch until it is done, or its partitions are no longer ours."""
-        paused = False
         while len(batch):
             try:
                 self._processor.handle(batch)
             except RetryError as error:
-                _LOG.warning("paused", why=str(error), records=len(batch))
+                self._outage.goes_on(str(error), records=len(batch))
                 metrics.PAUSES.inc()
-                paused = True
                 if not self._wait():
                     return
                 batch = batch.keeping(self._is_claimed)
             else:
                 self._done.update(batch.next_offsets)
                 break
-        if paused:
+        self._recovered()
+
+    def _recovered(self) -> None:
+        if self._outage.waits:
+            self._outage.ends()
             self._resume()
-            _LOG.info("resumed")
 
     def _wait(self) -> bool:
         """Stay in the group without fetching for a moment; False when told to stop."""
+        with metrics.STEP_SECONDS.labels("wait").time():
+            return self._paused()
+
+    def _paused(self) -> bool:
         self._consumer.pause(self._partitions(self._owned))
         until = time.monotonic() + _RETRY_SECONDS
         while (left := until - time.monotonic()) > 0:
             if self._stopping():
                 return False
+            self._turned()
             message = self._consumer.poll(min(left, _IDLE_SECONDS))
             if message is not None and not self._is_error(message):
                 # Fetched before the pause took hold: read it again later.
@@ -159,9 +219,10 @@ class Loop:
         try:
             self._processor.idle()
         except RetryError as error:
-            _LOG.warning("waits", why=str(error))
+            self._outage.goes_on(str(error))
             self._wait()
-            self._resume()
+        else:
+            self._recovered()
 
     # --- offsets
 
@@ -176,9 +237,72 @@ class Loop:
                 self._consumer.commit(offsets=offsets, asynchronous=False)
             else:
                 self._consumer.commit(offsets=offsets, asynchronous=True)
-            self._done.clear()
+                self._committing += 1
         except KafkaException as error:
-            _LOG.warning("offsets not committed", error=str(error.args[0]))
+            self._uncommitted.goes_on(error.args[0].str())
+            return
+        self._done.clear()
+
+    def _on_commit(self, error: KafkaError | None, committed: list[TopicPartition]) -> None:
+        """Told by the next poll how a commit went; what the broker did not take is committed with the next."""
+        if self._left:
+            return
+        self._committing = max(0, self._committing - 1)
+        refused = [(each, why) for each in committed if (why := error or each.error) is not None]
+        if not refused:
+            self._uncommitted.ends()
+        for each, why in refused:
+            self._uncommitted.goes_on(why.str())
+            partition = (each.topic, each.partition)
+            if partition in self._owned:
+                self._done.setdefault(partition, each.offset)  # what is there is newer
+
+    def _commit_last(self) -> None:
+        """Commit before leaving; a broker that does not answer in time is not waited for."""
+        self._consumer.pause(self._partitions(self._owned))
+        until = time.monotonic() + _LAST_COMMIT_SECONDS
+        self._committed_at = 0.0
+        self._commit()
+        while self._committing and time.monotonic() < until:
+            self._consumer.poll(_IDLE_SECONDS)  # what it brings is not handled, and so not committed
+
+    # --- gaps
+
+    def _pass_gaps(self) -> None:
+        """Where the log does not hold the record wanted: go on behind the gap, recorded first, or stop."""
+        for partition, wanted in list(self._gaps.items()):
+            try:
+                self._pass_gap(partition, wanted)
+            except (RetryError, KafkaException) as error:
+                self._outage.goes_on(str(error))
+                self._wait()
+                return
+            self._gaps.pop(partition, None)
+            self._recovered()
+
+    def _pass_gap(self, partition: Partition, wanted: int) -> None:
+        first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=10.0)
+        if wanted > end:
+            raise StopError(
+                f"{_name(partition)} ends at offset {end}, before the next record this worker needs, {wanted}: the "
+                "broker has lost records that were handled here, which no gap explains. Nothing was skipped."
+            )
+        if wanted < first and not self._accept_gap:
+            raise StopError(
+                f"{_name(partition)} no longer holds the next record this worker needs, offset {wanted}: retention has "
+                f"passed it, and what lay before offset {first} is gone. Nothing was skipped. To go on with what there "
+                "is, and have the gap recorded, start once with --accept-gap."
+            )
+        if wanted < first:
+            self._processor.gap(partition, wanted, first)
+            _LOG.warning("gap accepted", partition=_name(partition), from_offset=wanted, to_offset=first)
+        start = max(wanted, first)
+        # A partition whose fetching has failed cannot be sought in.
+        place = [TopicPartition(*partition, start)]
+        self._consumer.incremental_unassign(place)
+        self._consumer.incremental_assign(place)
+        self._consumer.resume(place)
+        self._done[partition] = max(start, self._done.get(partition, 0))
 
     # --- rebalance
 
@@ -187,17 +311,23 @@ class Loop:
         metrics.REBALANCES.labels("assigned").inc()
         _LOG.info("assigned", partitions=_names(partitions))
         self._owned.update(partitions)
+        metrics.PARTITIONS.set(len(self._owned))
+        self._joined = True
+        self._joining.ends()
         try:
             starts = self._claim(partitions)
         except RetryError as error:
-            _LOG.warning("claim waits", why=str(error))
+            self._outage.goes_on(str(error))
             # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
             waiting = [TopicPartition(p.topic, p.partition, OFFSET_BEGINNING) for p in assigned]
             consumer.incremental_assign(waiting)
             consumer.pause(waiting)
             self._unclaimed.update(partitions)
         else:
-            consumer.incremental_assign(self._partitions(partitions, starts))
+            places = self._partitions(partitions, starts)
+            consumer.incremental_assign(places)
+            # librdkafka still thinks of one as paused that was lost in a pause.
+            consumer.resume(places)
 
     def _claim(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         if not partitions:
@@ -219,13 +349,16 @@ class Loop:
             for partition in self._partitions(starts, starts):
                 self._consumer.seek(partition)
         except (RetryError, KafkaException) as error:
-            _LOG.warning("claim waits", why=str(error))
+            self._outage.goes_on(str(error))
             self._wait()
             return
         self._unclaimed.clear()
+        self._outage.ends()
         self._resume()
 
     def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
+        if self._left:
+            return
         partitions = [(p.topic, p.partition) for p in revoked]
         metrics.REBALANCES.labels("revoked").inc()
         _LOG.info("revoked", partitions=_names(partitions))
@@ -233,6 +366,8 @@ class Loop:
         self._give_up(partitions)
 
     def _on_lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
+        if self._left:
+            return
         partitions = [(p.topic, p.partition) for p in lost]
         metrics.REBALANCES.labels("lost").inc()
         _LOG.warning("lost", partitions=_names(partitions))
@@ -241,7 +376,9 @@ class Loop:
     def _give_up(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             self._done.pop(partition, None)
+            self._gaps.pop(partition, None)
         self._owned.difference_update(partitions)
+        metrics.PARTITIONS.set(len(self._owned))
         self._unclaimed.difference_update(partitions)
         self._processor.revoked(partitions)
 
@@ -256,4 +393,8 @@ _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaEr
 
 
 def _names(partitions: Sequence[Partition]) -> list[str]:
-    return [f"{topic}[{partition}]" for topic, partition in partitions]
+    return [_name(each) for each in partitions]
+
+
+def _name(partition: Partition) -> str:
+    return f"{partition[0]}[{partition[1]}]"

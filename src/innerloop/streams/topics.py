@@ -23,6 +23,7 @@ NO_TOPIC_ID = "AAAAAAAAAAAAAAAAAAAAAA"
 _LOG = logging.getLogger(__name__)
 _ANSWER_SECONDS = 10.0
 _READY_SECONDS = 15.0
+_REASON_SECONDS = 3.0
 
 
 class Topic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -221,7 +222,8 @@ AWAY = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_
 
 
 def no_answer(settings: Settings, why: str) -> ServiceError:
-    """What to raise when no broker answers."""
+    """What to raise when no broker answers; raises itself where the broker says that it refuses us."""
+    clients.require_broker(settings.kafka, _REASON_SECONDS)
     return ServiceError(
         f"No Kafka broker answers at {settings.kafka.bootstrap_servers} ({why.rstrip('.')}): "
         "start it, or correct INNERLOOP_KAFKA__BOOTSTRAP_SERVERS."

@@ -1,0 +1,468 @@
+"""What goes away, for how long and how: ingest behind its real loop, on servers that these tests stop."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import psutil
+import pytest
+from confluent_kafka import KafkaException, TopicPartition
+from structlog.testing import capture_logs
+from test_ingest import (
+    Member,
+    check,
+    committed,
+    ends,
+    events_of,
+    ledger,
+    producer_at,
+    query,
+    requests,
+    reset,
+    run,
+    send,
+    shrunk,
+    stored,
+    until,
+    with_ingest,
+)
+
+from innerloop.config import DatabaseSettings, KafkaSettings, Settings
+from innerloop.errors import FencedError, RetryError, StopError
+from innerloop.store.database import connect
+from innerloop.store.ledger import Ledger
+from innerloop.store.migrate import migrate
+from innerloop.streams import clients, waiting
+from innerloop.streams.offsets import end_offsets
+from innerloop.streams.topics import ensure_topics, topic_ids
+from innerloop.worker.services import Services, running_services
+
+AWAY_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "8"))
+"""How long an outage lasts here; OUTAGE_SECONDS=600 takes the ten minutes of the promise."""
+RETURN_SECONDS = 5.0
+STOP_SECONDS = 9.5
+"""A pool kills after 10. A flush under way takes up to 5, the last commit and closing 1.5 each."""
+
+
+@pytest.fixture
+def small(settings: Settings) -> Settings:
+    return with_topics(settings)
+
+
+def with_topics(settings: Settings) -> Settings:
+    """Small batches and sets; all topics that the command asks for."""
+    ensure_topics(settings)
+    return shrunk(settings)
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Services]:
+    """Servers that these tests may stop."""
+    ours = Settings(kafka=KafkaSettings(), database=DatabaseSettings())
+    with running_services(ours, announce=lambda _line: None) as running:
+        yield running
+
+
+@pytest.fixture
+def fragile(settings: Settings, own: Services) -> Settings:
+    for server in own.started:
+        server.start()  # in case a test that failed has left it stopped
+    database = DatabaseSettings(url=own.database_url)
+    engine = connect(database)
+    migrate(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE partition_ledger, support_sets, items, ads")
+    engine.dispose()
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": own.bootstrap_servers})
+    return with_topics(settings.model_copy(update={"kafka": kafka, "database": database}))
+
+
+def with_properties(settings: Settings, **properties: str) -> Settings:
+    dotted = {name.replace("_", "."): value for name, value in properties.items()}
+    kafka = KafkaSettings.model_validate({**settings.kafka.model_dump(), "properties": dotted})
+    return settings.model_copy(update={"kafka": kafka})
+
+
+class Worker:
+    """`innerloop ingest` as a process of its own, and what it says."""
+
+    def __init__(self, settings: Settings, log: Path, *options: str) -> None:
+        revealed = {name: value.get_secret_value() for name, value in settings.kafka.properties.items()}
+        mine = {
+            "KAFKA": json.dumps({**settings.kafka.model_dump(), "properties": revealed}),
+            "DATABASE__URL": settings.database.url.get_secret_value(),
+            "TOPICS": settings.topics.model_dump_json(),
+            "SUPPORT": settings.support.model_dump_json(),
+            "INGEST": settings.ingest.model_dump_json(),
+        }
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("INNERLOOP_")}
+        self._log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "innerloop.worker", "ingest", *options],
+                env=clean | {f"INNERLOOP_{name}": value for name, value in mine.items()},
+                stdout=file,
+                stderr=file,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        """The lines of one event."""
+        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
+
+    def waits_for(self, condition: Callable[[], bool], what: str) -> None:
+        until(lambda: self.process.poll() is not None or condition(), what)
+        assert self.process.poll() is None, self.text
+
+    @property
+    def memory(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+
+# --- the database
+
+
+def test_a_long_outage_of_postgres_costs_no_rebalance_no_memory_and_few_lines(
+    fragile: Settings, own: Services, tmp_path: Path
+) -> None:
+    """The wait is longer than a session and than the longest pause between two polls; a backlog piles up meanwhile."""
+    assert own.postgres
+    limit = 4_096
+    settings = with_properties(
+        with_ingest(fragile, batch_size=500, cached_users=2_000),
+        session_timeout_ms="3000",
+        heartbeat_interval_ms="300",
+        max_poll_interval_ms="4000",
+        queued_max_messages_kbytes=str(limit),
+    )
+    events = events_of(1_000, users=40)
+    send(settings, events)
+    with Worker(settings, tmp_path / "log") as worker:
+        worker.waits_for(lambda: ledger(settings) == ends(settings), "goes on")
+        before = worker.memory
+        own.postgres.stop("immediate")
+        _flood(settings, 30_000, kilobytes=2)
+        time.sleep(AWAY_SECONDS)
+        after = worker.memory
+        own.postgres.start()
+        stood = ledger(settings)
+        back = time.monotonic()
+        worker.waits_for(lambda: ledger(settings) != stood, "goes on")
+        assert time.monotonic() - back < RETURN_SECONDS
+        worker.waits_for(lambda: committed(settings) == ends(settings), "catches up")
+        assert after - before < (3 * limit << 10) + (16 << 20), "the queue and a batch of it, not the 60 MB that wait"
+        assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
+        assert 2 <= len(worker.said("paused")) <= 4 + AWAY_SECONDS / 300
+        assert len(worker.said("paused: over")) == 1
+
+
+def _flood(settings: Settings, count: int, *, kilobytes: int, users: int = 40) -> None:
+    """Events of one second, each padded: a field that nobody knows is ignored."""
+    producer, padding = producer_at(settings.kafka.bootstrap_servers), "x" * 1024 * kilobytes
+    [like] = events_of(1, kinds=("click",))
+    for n in range(count):
+        event = {**like, "event_id": f"flood{n}", "user_id": f"u{n % users}", "note": padding}
+        while True:
+            try:
+                producer.produce(settings.topics.clicks, json.dumps(event).encode(), event["user_id"])
+            except BufferError:
+                producer.poll(0.1)
+            else:
+                break
+    assert producer.flush(60) == 0
+
+
+# --- the broker
+
+
+def test_a_short_outage_of_the_broker_costs_no_rebalance(fragile: Settings, own: Services, tmp_path: Path) -> None:
+    assert own.kafka
+    events = events_of(400)
+    send(fragile, events[:200])
+    settings = with_properties(fragile, session_timeout_ms="30000", heartbeat_interval_ms="300")
+    with Worker(settings, tmp_path / "log") as worker:
+        worker.waits_for(lambda: committed(fragile) == ends(fragile), "goes on")
+        stood = ledger(fragile)
+        own.kafka.stop()
+        time.sleep(3.0)
+        own.kafka.start()
+        send(fragile, events[200:])
+        back = time.monotonic()
+        worker.waits_for(lambda: ledger(fragile) != stood, "goes on")
+        assert time.monotonic() - back < RETURN_SECONDS
+        worker.waits_for(lambda: committed(fragile) == ends(fragile), "catches up")
+        assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
+        assert worker.text.count("FAIL ") <= 2, "librdkafka's own lines, dozens a second, are let through once"
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(STOP_SECONDS) == 0
+    check(fragile, events)
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_stop_while_the_broker_is_away_is_quick(fragile: Settings, own: Services, *, pending: bool) -> None:
+    """Also with a commit under way, for which librdkafka would wait ten seconds."""
+    assert own.kafka
+    kafka = own.kafka
+    events = events_of(50)
+
+    def breaks(member: Member) -> None:
+        original = member.ingest.handle
+
+        def handle(batch: Any) -> None:
+            original(batch)
+            kafka.kill()
+
+        member.ingest.handle = handle  # type: ignore[method-assign]
+
+    if not pending:
+        send(fragile, events)
+    with Member(fragile, breaks if pending else None) as member:
+        member.joined()
+        if pending:
+            send(fragile, events)
+        member.has_handled(len(events) if not pending else 1)
+        kafka.kill()
+        time.sleep(0.5)
+        began = time.monotonic()
+    assert time.monotonic() - began < STOP_SECONDS
+    kafka.start()
+    until(lambda: _answers(fragile), "the broker leads its partitions again")
+    run(fragile)
+    check(fragile, events)
+
+
+def _answers(settings: Settings) -> bool:
+    try:
+        return bool(ends(settings))
+    except KafkaException:
+        return False
+
+
+# --- offsets
+
+
+def test_a_commit_that_the_broker_refuses_is_made_again_without_further_traffic(
+    small: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the lag would stay visible to every tool outside until the next batch."""
+
+    def spoils(member: Member) -> None:
+        original, calls = member.loop._partitions, itertools.count()
+
+        def partitions(of: Any, offsets: Mapping[Any, int] | None = None) -> list[TopicPartition]:
+            found = original(of, offsets)
+            if of is offsets and next(calls) == 0:  # for a commit: with more metadata than the broker takes
+                return [TopicPartition(each.topic, each.partition, each.offset, "x" * 10_000) for each in found]
+            return found
+
+        monkeypatch.setattr(member.loop, "_partitions", partitions)
+
+    events = events_of(40)
+    send(small, events)
+    with Member(with_ingest(small, batch_size=100, cached_users=200), spoils) as member:
+        member.caught_up()
+        until(lambda: member.error is not None or committed(small) == ends(small), "committed")
+        assert member.error is None, repr(member.error)
+    check(small, events)
+
+
+# --- gaps
+
+
+def _with_a_gap(settings: Settings) -> list[dict[str, Any]]:
+    """20 events handled, 25 deleted unseen, 15 to come."""
+    events = events_of(60, kinds=("click",))
+    send(settings, events[:20], 2)
+    run(settings)
+    send(settings, events[20:], 2)
+    admin = clients.admin(settings.kafka)
+    [deleted] = admin.delete_records([TopicPartition(settings.topics.clicks, 2, 45)]).values()
+    deleted.result()
+    return events
+
+
+def test_a_gap_is_passed_only_when_told_and_is_recorded(small: Settings, tmp_path: Path) -> None:
+    events = _with_a_gap(small)
+    with Worker(small, tmp_path / "stops") as worker:
+        assert worker.process.wait(30) == 1
+        assert "--accept-gap" in worker.text
+        assert "Traceback" not in worker.text
+    assert query(small, "SELECT * FROM partition_gaps") == []
+    with Worker(small, tmp_path / "goes on", "--accept-gap") as worker:
+        worker.waits_for(lambda: committed(small) == ends(small), "goes on behind the gap")
+        [line] = worker.said("gap accepted")
+        assert (line["from_offset"], line["to_offset"]) == (20, 45)
+    [gap] = query(small, "SELECT * FROM partition_gaps")
+    assert (gap.topic, gap.partition, gap.from_offset, gap.to_offset) == (small.topics.clicks, 2, 20, 45)
+    assert ledger(small) == ends(small)
+    check(small, events[:20] + events[45:])
+
+
+def _accepting(member: Member) -> None:
+    member.loop._accept_gap = True
+
+
+def test_a_gap_met_again_after_a_crash_is_recorded_once(small: Settings) -> None:
+    """The record is written before the offset moves."""
+    events = _with_a_gap(small)
+    with Member(small, _accepting) as member:
+        member.caught_up()
+    reset(small, {(small.topics.clicks, 2): 20})  # as though the commit had been lost
+    with Member(small, _accepting) as member:
+        until(lambda: member.error is not None or committed(small) == ends(small), "goes on")
+    assert [(gap.from_offset, gap.to_offset) for gap in query(small, "SELECT * FROM partition_gaps")] == [(20, 45)]
+    check(small, events[:20] + events[45:])
+
+
+def test_a_gap_waits_for_a_database_that_is_away(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = _with_a_gap(small)
+
+    def away_at_first(member: Member) -> None:
+        _accepting(member)
+        original, calls = member.ledger.gap, itertools.count()
+
+        def gap(*arguments: Any) -> None:
+            if next(calls) == 0:
+                raise RetryError("the database is away, says the test")
+            original(*arguments)
+
+        monkeypatch.setattr(member.ledger, "gap", gap)
+
+    with Member(small, away_at_first) as member:
+        member.caught_up()
+    check(small, events[:20] + events[45:])
+
+
+def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings) -> None:
+    """An unclean election, or a restored broker: nothing between the log's start and its end is ours to skip."""
+    events = events_of(20, kinds=("click",))
+    send(small, events, 2)
+    run(small)
+    reset(small, {(small.topics.clicks, 2): 30})
+    engine = connect(small.database)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE partition_ledger SET next_offset = 30 WHERE next_offset = 20")
+    engine.dispose()
+    with Member(small, _accepting) as member:
+        error = member.has_left()
+    assert isinstance(error, StopError)
+    assert "ends at offset 20" in str(error)
+    assert query(small, "SELECT * FROM partition_gaps") == []
+
+
+def test_an_owner_that_was_superseded_records_no_gap(small: Settings) -> None:
+    place = (small.topics.clicks, 1)
+    engine = connect(small.database)
+    first, second = (Ledger(engine, topic_ids(small, small.topics.events)) for _ in range(2))
+    first.claim([place])
+    second.claim([place])
+    with pytest.raises(FencedError):
+        first.gap(place, 3, 9)
+    assert query(small, "SELECT * FROM partition_gaps") == []
+    engine.dispose()
+
+
+# --- load
+
+
+def test_a_deep_lag_takes_bounded_memory_and_fewer_requests(small: Settings, tmp_path: Path) -> None:
+    """A quarter of the lag in, memory is where it stays: what waits, waits at the broker."""
+    settings = with_properties(
+        with_ingest(small, batch_size=20_000, cached_users=40_000), queued_max_messages_kbytes="2048"
+    )
+    topic = settings.topics.requests
+    with Worker(settings, tmp_path / "log") as worker:
+        for n in range(20):  # as it goes without lag
+            send(settings, events_of(5, users=500, seed=n))
+            worker.waits_for(lambda: ledger(settings) == ends(settings), "goes on")
+        live = 100 / end_offsets(settings, [topic])[topic]
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(STOP_SECONDS) == 0
+    before, done = end_offsets(settings, [topic])[topic], sum(ledger(settings).values())
+    _flood(settings, 200_000, kilobytes=0, users=2_000)
+    with Worker(settings, tmp_path / "lag") as worker:
+        worker.waits_for(lambda: sum(ledger(settings).values()) > done + 50_000, "a quarter")
+        early = worker.memory
+        worker.waits_for(lambda: ledger(settings) == ends(settings), "catches up")
+        assert worker.memory - early < 32 << 20
+        worker.waits_for(lambda: committed(settings) == ends(settings), "commits")
+    behind = 200_000 / (end_offsets(settings, [topic])[topic] - before)
+    assert live < 2, "events per request"
+    assert behind > 2 * live
+
+
+def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
+    small: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = with_ingest(small, batch_size=1_000, cached_users=2_000)
+    others = [{**event, "user_id": f"other{n}"} for n, event in enumerate(events_of(200, kinds=("click",)))]
+    sent, stop = itertools.count(), threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            send(settings, [{**others[0], "event_id": f"bot{next(sent)}", "user_id": "bot"} for _ in range(500)])
+
+    thread = threading.Thread(target=flood)
+    with Member(settings) as member:
+        batches: list[int] = []
+        handle = member.ingest.handle
+
+        def counted(batch: Any) -> None:
+            handle(batch)
+            batches.append(len(batch))
+
+        monkeypatch.setattr(member.ingest, "handle", counted)
+        thread.start()
+        try:
+            member.has_handled(3_000)
+            send(settings, others)
+            wanted = {event["user_id"] for event in others}
+            until(lambda: member.error is not None or wanted <= stored(settings)[0].keys(), "others are stored")
+            assert thread.is_alive(), "while the flood goes on"
+        finally:
+            stop.set()
+            thread.join()
+        member.caught_up()
+        asked = requests(settings)
+        assert {len(each) for user, each in asked.items() if user != "bot"} == {1}
+        assert len(asked["bot"]) <= len(batches)
+    assert len(stored(settings)[0]["bot"]) == settings.support.capacity
+
+
+# --- what is logged
+
+
+def test_lines_about_a_wait_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now))
+    wait = waiting.Waiting("paused")
+    with capture_logs() as lines:
+        for _ in range(2 * 3600):
+            wait.goes_on("the database is away")
+            now += 0.5
+        wait.ends()
+        wait.ends()
+    told = [line["for_seconds"] for line in lines if line["event"] == "paused"]
+    assert told[:5] == [0, 5, 15, 35, 75]
+    assert max(later - earlier for earlier, later in itertools.pairwise(told)) == 300
+    assert [line["after_seconds"] for line in lines if line["event"] == "paused: over"] == [3600.0]
