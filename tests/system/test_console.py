@@ -3,12 +3,15 @@
 import json
 import re
 import signal
+import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from programs import program
 from shell import Shell
 
 from innerloop.client import newest
@@ -102,6 +105,23 @@ def test_the_page_tells_the_truth_on_a_desktop_and_on_a_phone(
     shows_lag_for_prometheus(console, settings, wait_for)
     its_numbers_are_the_broker_s_and_the_database_s(console, browser, settings, tmp_path)
     it_fits_a_phone_in_the_dark_and_works_by_keyboard(console, browser, tmp_path)
+    a_stranger_s_client_reads_the_same_list(settings)
+
+
+def a_stranger_s_client_reads_the_same_list(settings: Settings) -> None:
+    """Kcat, which knows nothing of us but the topic's name."""
+    kcat = program("kcat", "Debian's package kcat")
+    command = [kcat, "-C", "-b", settings.kafka.bootstrap_servers, "-t", settings.topics.recommendations]
+    done = subprocess.run(
+        [*command, "-o", "beginning", "-e", "-q", "-f", "%k\t%s\n"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    last = dict(line.split("\t", 1) for line in done.stdout.splitlines())
+    found = newest(settings, "recommendations", "live user")
+    assert msgspec.json.decode(last["live user"], type=RecommendationScores) == found
 
 
 def its_numbers_are_the_broker_s_and_the_database_s(
