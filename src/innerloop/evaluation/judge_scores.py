@@ -1,0 +1,167 @@
+"""The judge of a score topic: what it says of every key, record by record, read with a plain consumer.
+
+Compaction keeps the last record of a key and readers keep the highest, so in the end both must be the user's final
+state. In between a record may be older than one before it in a single case: two workers wrote them, of which one had
+lost the partition and slept. The epochs in the headers tell: records of one key and one epoch never go back.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from innerloop.streams.batch import Record
+from innerloop.streams.watch import OWNER_HEADER
+
+Order = tuple[int, int]
+"""(model_version, support_version)"""
+
+_KEPT = 6
+_SCORE_TOLERANCE = 1e-4
+
+
+@dataclass
+class _Key:
+    """What is known of one key so far; `epochs` are those under which the highest order was written."""
+
+    partition: int
+    highest: Order = (-1, -1)
+    epochs: set[int | None] = field(default_factory=set)
+    highest_offset: int = -1
+    last: dict[str, Any] = field(default_factory=dict)
+    last_offset: int = -1
+    contents: deque[tuple[tuple[int, ...], dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+
+
+@dataclass(frozen=True)
+class Final:
+    """What the final record of a user must say."""
+
+    support_version: int
+    support_size: int
+    event_time: int
+
+
+class ScoreJudge:
+    """Judges one topic of `model` ("recommendations" or "ads")."""
+
+    def __init__(self, model: str, epochs: Mapping[int, int]) -> None:
+        self._model, self._epochs = model, epochs
+        self._keys: dict[str, _Key] = {}
+        self.records = self.older = self.repeats = 0
+
+    def see(self, record: Record) -> Iterator[str]:
+        """Take the next record of the topic in; yields findings."""
+        self.records += 1
+        where = f"{record.topic}[{record.partition}]@{record.offset}"
+        if record.key is None or record.value is None:
+            yield f"{where}: a score record without key or value, and nobody was erased."
+            return
+        user = _user(record)
+        said, epoch = json.loads(record.value), _epoch(record)
+        key = self._keys.setdefault(user, _Key(record.partition))
+        if record.partition != key.partition:
+            yield f"{where}: user {user} was on partition {key.partition} before."
+        if said["user_id"] != user or said["model"] != self._model:
+            yield f"{where}: the record under the key {user} is of {said['user_id']} and model {said['model']}."
+        if epoch is None or epoch > self._epochs.get(record.partition, 0):
+            yield f"{where}: user {user}'s record was written under epoch {epoch}, which nobody has had."
+        yield from self._order(record, key, (said["model_version"], said["support_version"]), epoch)
+        yield from self._content(where, user, key, said)
+        key.last, key.last_offset = said, record.offset
+
+    def _order(self, record: Record, key: _Key, order: Order, epoch: int | None) -> Iterator[str]:
+        if order < key.highest:
+            self.older += 1
+            if epoch in key.epochs:
+                yield (
+                    f"{record.topic}[{record.partition}]@{record.offset}: user {_user(record)}'s version goes back from"
+                    f" {key.highest} (offset {key.highest_offset}) to {order}, both written under epoch {epoch}."
+                )
+            return
+        if order > key.highest:
+            key.epochs = set()
+        key.highest, key.highest_offset = order, record.offset
+        key.epochs.add(epoch)
+
+    def _content(self, where: str, user: str, key: _Key, said: dict[str, Any]) -> Iterator[str]:
+        mark = content_key(said)
+        before = next((content for known, content in key.contents if known == mark), None)
+        if before is None:
+            key.contents.append((mark, said))
+            return
+        self.repeats += 1
+        if not same_content(before, said):
+            yield f"{where}: user {user} has two different {self._model} of the same versions {mark}."
+
+    def final(self, wanted: Mapping[str, Final]) -> Iterator[str]:
+        """Compare the end of the topic with what it must be; yields findings."""
+        for user, final in wanted.items():
+            key = self._keys.get(user)
+            if key is None:
+                yield f"User {user} has events and no {self._model}; its support set is at {final.support_version}."
+                continue
+            version = key.highest[1]
+            if version != final.support_version:
+                yield (
+                    f"User {user}'s highest {self._model} (offset {key.highest_offset}) names support version"
+                    f" {version}, and the set is at {final.support_version}."
+                )
+            if (key.last["model_version"], key.last["support_version"]) != key.highest:
+                yield (
+                    f"User {user}'s last record of {self._model} (offset {key.last_offset}) names support version"
+                    f" {key.last['support_version']}, older than {version} at offset {key.highest_offset}."
+                )
+            elif (key.last["support_size"], key.last["event_time"]) != (final.support_size, final.event_time):
+                yield (
+                    f"User {user}'s last record of {self._model} (offset {key.last_offset}) is of"
+                    f" {key.last['support_size']} events up to {key.last['event_time']}, and the set has"
+                    f" {final.support_size} up to {final.event_time}."
+                )
+        for user in self._keys.keys() - wanted.keys():
+            yield f"User {user} has {self._model} and no events."
+
+
+def content_key(said: Mapping[str, Any]) -> tuple[int, ...]:
+    """The versions that decide what a record lists. A head alone knows nothing of the trends; a ranker does."""
+    versions = (said["model_version"], said["support_version"])
+    return (*versions, said["trends_version"]) if "ranker" in said["method"] else versions
+
+
+def same_content(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records list the same with the same scores.
+
+    How many users are solved together moves the last digits of a float32, so scores are equal within 1e-4, and of two
+    entries whose scores are that close either may come first.
+    """
+    for name in ("support_size", "event_time", "method"):
+        if one[name] != other[name]:
+            return False
+    return _same_list(_listed(one), _listed(other))
+
+
+def _listed(said: Mapping[str, Any]) -> list[tuple[str, float]]:
+    entries = said["items"] if said["model"] == "recommendations" else said["ads"]
+    return [(entry.get("ad_id", entry["item_id"]), entry["score"]) for entry in entries]
+
+
+def _same_list(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> bool:
+    if one == other:
+        return True
+    if len(one) != len(other):
+        return False
+    scores, others = dict(one), dict(other)
+    lowest = one[-1][1] + _SCORE_TOLERANCE
+    known = all(abs(scores.get(name, lowest) - score) <= 2 * _SCORE_TOLERANCE for name, score in other)
+    ranked = all(abs(mine[1] - theirs[1]) <= _SCORE_TOLERANCE for mine, theirs in zip(one, other, strict=True))
+    return ranked and known and all(name in others or score <= lowest for name, score in one)
+
+
+def _user(record: Record) -> str:
+    return (record.key or b"").decode(errors="replace")
+
+
+def _epoch(record: Record) -> int | None:
+    value = dict(record.headers).get(OWNER_HEADER)
+    return int(value) if value is not None and value.isdigit() else None

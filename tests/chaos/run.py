@@ -1,0 +1,162 @@
+"""Chaos: everything breaks while events come, and in the end everything must be as if nothing had.
+
+    .venv/bin/python tests/chaos/run.py --minutes N --seed S --report FILE
+
+Starts a Kafka and a PostgreSQL of its own, `innerloop ingest` and `innerloop adapt` as real processes, a seeded
+producer and a seeded storm of faults; waits until all has settled and lets the judge compare what is there with a fold
+of what was produced. Any seed will do. The report is JSON; `ok` means no finding and every kind of fault seen. Exit
+code 0 when ok, else 1. What happens is told on standard error.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from fleet import Fleet
+from settle import settle
+from storm import WORKERS, Storm, tell
+from traffic import Traffic
+from world import connected, ledger_writes, prepare
+
+from innerloop.config import (
+    AdaptSettings,
+    IngestSettings,
+    KafkaSettings,
+    Settings,
+    SupportSettings,
+    TopicSettings,
+    load_settings,
+)
+from innerloop.evaluation.judge import Verdict, judge
+from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.store.database import connect
+from innerloop.store.migrate import migrate
+from innerloop.worker.services import Services, running_services
+
+ITEMS = 1_000
+SESSION_SECONDS = 4.0
+_SETTLE_SECONDS = 90.0
+_RESERVED_SECONDS = 30.0
+_BASE = Settings(
+    support=SupportSettings(capacity=32),
+    ingest=IngestSettings(batch_size=5_000, cached_users=10_000, max_record_bytes=4_096),
+    adapt=AdaptSettings(batch_size=2_048, top=8),
+)
+
+
+def main() -> int:
+    """Run, report, and say by the exit code whether all was well."""
+    asked = _asked()
+    logging.getLogger("librdkafka").addHandler(_handler(asked.logs))
+    with tempfile.TemporaryDirectory(prefix="innerloop-chaos-", ignore_cleanup_errors=True) as folder:
+        services = running_services(load_settings(kafka=KafkaSettings(), database={}), announce=tell)
+        with services as running:
+            report = _run(running, Path(folder), asked)
+    asked.report.write_text(json.dumps(report, indent=1) + "\n")
+    tell(f"ok: {report['ok']}, {report['events']} events, {sum(report['faults'].values())} faults")
+    return 0 if report["ok"] else 1
+
+
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of the whole run, about")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, default=Path("chaos.json"))
+    parser.add_argument("--most-per-second", type=float, default=20_000.0, help="events; fewer when ingest is behind")
+    parser.add_argument("--logs", type=Path, help="keep the workers' logs in this folder")
+    parser.add_argument("--ranked", action="store_true", help="lists depend on what everybody does, too")
+    return parser.parse_args()
+
+
+def _handler(logs: Path | None) -> logging.Handler:
+    if logs is None:
+        return logging.NullHandler()
+    logs.mkdir(parents=True, exist_ok=True)
+    return logging.FileHandler(logs / "run.log")
+
+
+def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    began = time.monotonic()
+    settings = _settings(services)
+    engine = connect(settings.database)
+    migrate(engine)
+    prepare(settings, engine, folder, item_count=ITEMS, ranked=asked.ranked)
+    engine.dispose()  # its connection would not survive the storm
+    fleet = Fleet(settings, folder, {"ingest": WORKERS, "adapt": WORKERS}, logs=asked.logs)
+    traffic = Traffic(settings, asked.seed, items=ITEMS, most_per_second=asked.most_per_second)
+    traffic.backlog = _Backlog(settings, traffic)
+    storm = Storm(settings, services, fleet, traffic, asked.seed, session_seconds=SESSION_SECONDS)
+    fleet.start()
+    traffic.start()
+    storm.rage(began + asked.minutes * 60 - _RESERVED_SECONDS)
+    traffic.finish()
+    tell(f"no more traffic: {traffic.sent} records")
+    unsettled = settle(settings, _SETTLE_SECONDS)
+    fleet.close()
+    tell("judging")
+    gc.disable()  # millions of tuples and not one cycle
+    verdict = judge(gathered(settings, engine, writes=ledger_writes(settings)), rules_of(settings))
+    engine.dispose()
+    findings = [*fleet.findings, *traffic.errors, *unsettled, *_sent_and_found(traffic, verdict), *verdict.findings]
+    return {
+        "seed": asked.seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "events": verdict.counts["records"],
+        "faults": dict(storm.faults),
+        "findings": findings,
+        "ok": not findings and not storm.missing,
+        "counts": dict(verdict.counts),
+        "exits": {str(code): count for code, count in sorted(fleet.exits.items())},
+        "producers_woken": traffic.woken,
+        "most_worker_memory_mb": fleet.most_memory >> 20,
+    }
+
+
+def _settings(services: Services) -> Settings:
+    properties = {
+        # As short as a busy machine allows: how long a partition of a dead worker stands still.
+        "session.timeout.ms": str(int(SESSION_SECONDS * 1000)),
+        "heartbeat.interval.ms": "500",
+        "reconnect.backoff.max.ms": "500",
+    }
+    kafka = KafkaSettings(bootstrap_servers=services.bootstrap_servers, properties=properties)
+    return _BASE.model_copy(
+        update={
+            "kafka": kafka,
+            "topics": TopicSettings(partitions=4),
+            "database": load_settings(database={"url": services.database_url}).database,
+        }
+    )
+
+
+class _Backlog:
+    """How many records are sent and not stored yet; None while the database is away."""
+
+    def __init__(self, settings: Settings, traffic: Traffic) -> None:
+        self._settings, self._traffic = settings, traffic
+
+    def __call__(self) -> int | None:
+        try:
+            with connected(self._settings) as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT coalesce(sum(next_offset), 0) FROM partition_ledger")
+                (stored,) = cursor.fetchone() or (0,)
+                return self._traffic.sent - int(stored)
+        except psycopg2.Error:
+            return None
+
+
+def _sent_and_found(traffic: Traffic, verdict: Verdict) -> list[str]:
+    """The topics hold what was sent: else the judge would judge something else."""
+    found = verdict.counts["records"]
+    return [] if found == traffic.sent else [f"{traffic.sent} records were sent and {found} are on the topics."]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("run.py")
+KINDS = {
+    "kill9-ingest",
+    "kill9-adapt",
+    "kill9-several",
+    "sigstop",
+    "sigterm",
+    "broker",
+    "postgres",
+    "session",
+    "scale",
+    "clock",
+}
+
+
+@pytest.mark.timeout(600)
+def test_a_storm_of_every_kind_of_fault_leaves_nothing_to_find(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--minutes", "2", "--seed", "5", "--most-per-second", "2000", "--report", str(report)]
+    done = subprocess.run([sys.executable, str(RUN), *options], capture_output=True, text=True, check=False)
+    assert report.exists(), done.stderr[-4_000:]
+    said = json.loads(report.read_text())
+    assert said["findings"] == [], done.stderr[-4_000:]
+    assert said["faults"].keys() == KINDS
+    assert said["events"] > 10_000
+    assert said["seed"] == 5
+    assert said["seconds"] > 60
+    assert said["ok"] is True
+    assert done.returncode == 0

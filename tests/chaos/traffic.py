@@ -1,0 +1,214 @@
+"""A seeded stream of records: a hot user, repeats, late events, poison, misrouted keys, producers of unequal clocks."""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import KafkaException, Producer
+
+from innerloop.config import Settings
+from innerloop.streams import clients
+
+HOT = "hot"
+USERS = 20_000
+HOT_SHARE = 0.2
+REPEATED, LATE, POISON, MISROUTED, IN_WORDS = 0.02, 0.03, 0.003, 0.005, 0.02
+LATE_MS = 3_600_000
+PRODUCERS = 3
+SKEWS_MS = (-3_600_000, -45_000, -800, 0, 300, 20_000, 600_000)
+"""How far a producer's clock may be off; the broker takes no record more than an hour ahead."""
+_KINDS = ("click", "click", "click", "cart", "favorite", "purchase")
+_REMEMBERED = 5_000
+_LOOK_SECONDS = 0.25
+_FLUSH_SECONDS = 120.0
+_PATIENCE_SECONDS = 8.0
+_MOST_ERRORS = 10
+_LEAST_BACKLOG, _MOST_BACKLOG = 20_000, 80_000
+
+Sent = tuple[str, str, bytes | None, int]
+"""Topic, key, value, and partition, -1 where the key decides."""
+
+
+class Records:
+    """The records themselves, drawn from one generator: the same seed, the same records but for their times."""
+
+    def __init__(self, settings: Settings, rng: random.Random, *, users: int, items: int) -> None:
+        self._topics, self._partitions = settings.topics, settings.topics.partitions
+        self._too_large = settings.ingest.max_record_bytes + 1
+        self._rng, self._users, self._items = rng, users, items
+        self._remembered: list[Sent] = []
+        self._number = 0
+
+    def draw(self, now_ms: int) -> Sent:
+        """The next record, by a producer whose clock says `now_ms`."""
+        rng, kind = self._rng, self._rng.random()
+        if kind < REPEATED and self._remembered:
+            return rng.choice(self._remembered)
+        user = HOT if rng.random() < HOT_SHARE else f"user-{int(self._users * rng.random() ** 2)}"
+        if kind > 1 - POISON:
+            return self._clicks(user, self._poison(user, now_ms))
+        sent = self._event(user, now_ms - (rng.randrange(LATE_MS) if rng.random() < LATE else 0))
+        self._remember(sent)
+        return sent
+
+    def _event(self, user: str, time_ms: int) -> Sent:
+        rng, self._number = self._rng, self._number + 1
+        event_type = rng.choice(_KINDS)
+        when = f'"{_in_words(time_ms)}"' if rng.random() < IN_WORDS else time_ms
+        value = (
+            f'{{"event_id":"e{self._number}","event_type":"{event_type}","user_id":"{user}",'
+            f'"item_id":"i{rng.randrange(self._items)}","event_time":{when}}}'
+        )
+        topic = self._topics.purchases if event_type == "purchase" else self._topics.clicks
+        partition = rng.randrange(self._partitions) if rng.random() < MISROUTED else -1
+        return topic, user, value.encode(), partition
+
+    def _remember(self, sent: Sent) -> None:
+        if len(self._remembered) < _REMEMBERED:
+            self._remembered.append(sent)
+        else:
+            self._remembered[self._rng.randrange(_REMEMBERED)] = sent
+
+    def _clicks(self, user: str, value: bytes | None) -> Sent:
+        return self._topics.clicks, user, value, -1
+
+    def _poison(self, user: str, now_ms: int) -> bytes | None:
+        good: dict[str, Any] = {
+            "event_id": f"p{self._number}",
+            "event_type": "click",
+            "user_id": user,
+            "item_id": "i0",
+            "event_time": now_ms,
+        }
+        wrong: list[dict[str, Any]] = [
+            {"event_type": "wave"},
+            {"event_time": "yesterday"},
+            {"event_time": -1},
+            {"event_time": now_ms + 10 * 365 * 86_400_000},
+            {"user_id": 7},
+            {"user_id": ""},
+            {"user_id": "a\0b"},
+            {"item_id": "x" * 300},
+            {"event_id": None},
+            {"price": "dear"},
+        ]
+        whole = json.dumps(good).encode()
+        bad: list[bytes | None] = [
+            None,
+            b"",
+            b"{",
+            b"[]",
+            b"\xff\xfe\x00",
+            whole[:-1],
+            whole[:-1] + b',"session_id":"\xc3\x28"}',
+            b" " * self._too_large,
+            *(json.dumps(good | change).encode() for change in wrong),
+        ]
+        return self._rng.choice(bad)
+
+
+def _in_words(time_ms: int) -> str:
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03}Z"
+
+
+class Traffic(threading.Thread):
+    """Sends until told to stop, as fast as `backlog` (records not stored yet) lets it."""
+
+    def __init__(
+        self, settings: Settings, seed: int, *, items: int, most_per_second: float, users: int = USERS
+    ) -> None:
+        super().__init__(name="traffic", daemon=True)
+        self._rng = random.Random(seed)
+        self._records = Records(settings, self._rng, users=users, items=items)
+        self._producers: list[Producer] = [
+            clients.producer(settings.kafka, self._failed, linger_ms=5) for _ in range(PRODUCERS)
+        ]
+        self._skews = [self._rng.choice(SKEWS_MS) for _ in range(PRODUCERS)]
+        self.most_per_second, self.rate = most_per_second, min(4_000.0, most_per_second)
+        self.sent = self.woken = 0
+        self._waiting = [(0, 0.0)] * PRODUCERS
+        self.backlog: Callable[[], int | None] = lambda: None
+        self.errors: list[str] = []
+        self._halt = threading.Event()
+
+    def set_clock(self, rng: random.Random) -> str:
+        """One producer's clock jumps."""
+        producer = rng.randrange(PRODUCERS)
+        self._skews[producer] = rng.choice([skew for skew in SKEWS_MS if skew != self._skews[producer]])
+        return f"producer {producer} by {self._skews[producer]} ms"
+
+    def run(self) -> None:
+        try:
+            due, looked = time.monotonic(), 0.0
+            while not self._halt.is_set():
+                count = max(1, int(self.rate * 0.02))
+                self._send(count)
+                due = max(due + count / self.rate, time.monotonic() - 0.5)
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    self._adapt_rate()
+                    self._wake()
+                self._halt.wait(max(0.0, due - time.monotonic()))
+            until = time.monotonic() + _FLUSH_SECONDS
+            while (left := sum(producer.flush(1) for producer in self._producers)) and time.monotonic() < until:
+                self._wake()
+            if left:
+                self.errors.append(f"{left} records of the producer never arrived.")
+        except (KafkaException, BufferError) as error:
+            self.errors.append(f"The producer failed: {error}.")
+
+    def finish(self) -> None:
+        """Stop sending, and wait until all has arrived."""
+        self._halt.set()
+        self.join(150)
+
+    def _send(self, count: int) -> None:
+        now = int(time.time() * 1000)
+        for _ in range(count):
+            number = self._rng.randrange(PRODUCERS)
+            clock = now + self._skews[number]
+            self._produce(self._producers[number], self._records.draw(clock), clock)
+        self.sent += count
+        for producer in self._producers:
+            producer.poll(0)
+
+    @staticmethod
+    def _produce(producer: Producer, sent: Sent, clock: int) -> None:
+        topic, key, value, partition = sent
+        while True:
+            try:
+                producer.produce(topic, value, key, partition=partition, timestamp=clock)
+            except BufferError:
+                producer.poll(0.1)
+            else:
+                return
+
+    def _adapt_rate(self) -> None:
+        """Some backlog is right: enough that batches are large, not so much that it never ends."""
+        backlog = self.backlog()
+        if backlog is None:
+            return
+        if backlog > _MOST_BACKLOG:
+            self.rate = max(self.most_per_second / 20, self.rate * 0.9)
+        elif backlog < _LEAST_BACKLOG:
+            self.rate = min(self.most_per_second, self.rate * 1.05)
+
+    def _wake(self) -> None:
+        """A producer that only gets fuller has lost its broker, see `look_for_brokers`."""
+        now = time.monotonic()
+        for number, producer in enumerate(self._producers):
+            count, since = self._waiting[number]
+            if not count or len(producer) < count:
+                self._waiting[number] = len(producer), now
+            elif now - since > _PATIENCE_SECONDS:
+                self.woken += 1
+                clients.look_for_brokers(producer)
+                self._waiting[number] = len(producer), now
+
+    def _failed(self, error: object, _message: object = None) -> None:
+        if error is not None and len(self.errors) < _MOST_ERRORS:
+            self.errors.append(f"A produced record did not arrive: {error}.")

@@ -1,0 +1,266 @@
+"""The judge on forged evidence: a run that is right, and one thing wrong with it at a time."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import xxhash
+
+from innerloop.errors import DeadLetterError
+from innerloop.evaluation.judge import MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
+from innerloop.evaluation.judge_oracle import Oracle, Poison, Rules, read_event
+from innerloop.evaluation.judge_scores import content_key, same_content
+from innerloop.events import decode
+from innerloop.store.audit import LedgerRow, StoredExample, StoredSet
+from innerloop.streams.batch import Record
+
+NOW = 1_750_000_000_000
+RULES = Rules(2, {"click": 1.0, "cart": 2.0, "favorite": 2.0, "purchase": 4.0}, NOW + 86_400_000, 1_000)
+CLICKS, DEAD, REQUESTS, LISTS = "clicks", "dead", "requests", "lists"
+
+
+def event(name: str, user: str = "u", at: int = 0, kind: str = "click") -> bytes:
+    said = {"event_id": name, "event_type": kind, "user_id": user, "item_id": f"item of {name}", "event_time": NOW + at}
+    return json.dumps(said).encode()
+
+
+def record(topic: str, offset: int, value: bytes | None, key: str = "u", **headers: str) -> Record:
+    pairs = tuple((name, text.encode()) for name, text in headers.items())
+    return Record(topic, 0, offset, NOW, key.encode(), value, pairs)
+
+
+def example(name: str, at: int, kind: int = 1, weight: float = 1.0) -> StoredExample:
+    hashed = xxhash.xxh3_64_intdigest(name.encode())
+    return StoredExample(NOW + at, hashed - 2**64 if hashed >= 2**63 else hashed, f"item of {name}", kind, weight)
+
+
+def letter(offset: int, of: int, reason: str = "undecodable", value: bytes = b"{") -> Record:
+    prefix = "__connect.errors."
+    headers = {"topic": CLICKS, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
+    return record(DEAD, offset, value, **{prefix + name: text for name, text in headers.items()})
+
+
+def request(offset: int, version: int, at: int, user: str = "u") -> Record:
+    said = {"user_id": user, "support_version": version, "event_time": NOW + at, "ingested_at": NOW}
+    return record(REQUESTS, offset, json.dumps(said).encode(), user)
+
+
+def listed(offset: int, version: int, size: int, at: int, *, epoch: int = 1, **said: Any) -> Record:
+    common = {
+        "user_id": "u",
+        "model": "recommendations",
+        "model_version": 1,
+        "support_version": version,
+        "support_size": size,
+        "trends_version": 0,
+        "event_time": NOW + at,
+        "scored_at": NOW,
+        "method": "bayes",
+        "items": [{"item_id": "a", "score": 0.5}, {"item_id": "b", "score": 0.25}],
+    }
+    value = json.dumps(common | said).encode()
+    return record(LISTS, offset, value, **{"innerloop.owner_epoch": str(epoch)})
+
+
+def evidence() -> Evidence:
+    """Four events of one user of whom two are kept, one of them twice, and a bad record."""
+    values = [event("a", at=1), event("b", at=2, kind="purchase"), event("a", at=1), b"{", event("c", at=3)]
+    return Evidence(
+        produced=[record(CLICKS, offset, value) for offset, value in enumerate(values)],
+        stored=[StoredSet("u", 2, [example("b", 2, 4, 4.0), example("c", 3)])],
+        ledger=[LedgerRow(CLICKS, "id", 0, 5, 1), LedgerRow(REQUESTS, "id", 0, None, 2)],
+        dead_letters=[letter(0, 3), letter(1, 3)],
+        requests=[request(0, 1, 2), request(1, 2, 3), request(2, 2, 3)],
+        scores={"recommendations": [listed(0, 1, 2, 2), listed(1, 2, 2, 3), listed(2, 2, 2, 3, epoch=2)]},
+        requests_topic=REQUESTS,
+        committed={"ingest": {(CLICKS, 0): (5, 5)}},
+        writes=[LedgerWrite(CLICKS, 0, 1, None, "one"), LedgerWrite(CLICKS, 0, 1, 5, "one")],
+    )
+
+
+def judged(**changed: Any) -> Verdict:
+    return judge(replace(evidence(), **changed), RULES)
+
+
+def test_a_run_that_is_right_has_no_finding_and_every_record_has_one_fate() -> None:
+    verdict = judged()
+    assert verdict.ok
+    assert verdict.counts["records"] == 5
+    fates = [verdict.counts[fate] for fate in ("stored", "duplicate", "too_late", "dead_lettered")]
+    assert fates == [2, 1, 1, 1]
+    assert verdict.counts["dead_letters_repeated"] == 1
+    assert verdict.counts["unaccounted"] == 0
+
+
+A, B, C = example("a", 1), example("b", 2, 4, 4.0), example("c", 3)
+LAST = listed(2, 2, 2, 3)
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "an event missing": ({"stored": [StoredSet("u", 2, [C])]}, "1 events are missing and 0"),
+    "an older event kept": ({"stored": [StoredSet("u", 2, [A, C])]}, "1 events are missing and 1"),
+    "an event twice": ({"stored": [StoredSet("u", 2, [B, C, C])]}, "0 events are missing and 1"),
+    "another order": ({"stored": [StoredSet("u", 2, [C, B])]}, "the order is another"),
+    "another weight": ({"stored": [StoredSet("u", 2, [B._replace(weight=1.0), C])]}, "is not what was produced"),
+    "another type": ({"stored": [StoredSet("u", 2, [B._replace(type=1), C])]}, "is not what was produced"),
+    "another item": ({"stored": [StoredSet("u", 2, [B._replace(item="x"), C])]}, "is not what was produced"),
+    "nobody's set": (
+        {"stored": [*evidence().stored, StoredSet("v", 1, [C])]},
+        "User v has a support set and no events",
+    ),
+    "no set": ({"stored": []}, "User u has 2 events and no support set"),
+    "a ledger behind": ({"ledger": [LedgerRow(CLICKS, "id", 0, 4, 1)]}, "clicks[0] at 4, and it ends at 5"),
+    "a commit behind": ({"committed": {"g": {(CLICKS, 0): (4, 5)}}}, "Group g has committed 4 of clicks[0]"),
+    "a dead letter missing": ({"dead_letters": []}, "clicks[0]@3 is a bad record and was never dead-lettered"),
+    "a dead letter of a good record": ({"dead_letters": [letter(0, 3), letter(1, 4)]}, "which is no bad record"),
+    "a dead letter of nothing": ({"dead_letters": [letter(0, 3), record(DEAD, 1, b"{")]}, "which is no bad record"),
+    "another reason": ({"dead_letters": [letter(0, 3, "too_large")]}, "says too_large, and it is undecodable"),
+    "another value": ({"dead_letters": [letter(0, 3, value=b"[")]}, "does not repeat its key and value"),
+    "a request missing": ({"requests": [request(0, 1, 2)]}, "is at 2, the highest asked for is 1"),
+    "no request": ({"requests": []}, "the highest asked for is none"),
+    "a request too high": ({"requests": [request(0, 3, 3)]}, "the highest asked for is 3"),
+    "a request of another time": ({"requests": [request(0, 2, 2)]}, "last request is of events up to"),
+    "nobody's request": ({"requests": [request(0, 2, 3), request(1, 1, 3, "v")]}, "User v was asked for"),
+    "no score": ({"scores": {"recommendations": []}}, "User u has events and no recommendations"),
+    "an old score": ({"scores": {"recommendations": [listed(0, 1, 2, 2)]}}, "names support version 1, and the set is"),
+    "a score of the future": ({"scores": {"recommendations": [listed(0, 3, 2, 3)]}}, "names support version 3"),
+    "an older record last": (
+        {"scores": {"recommendations": [LAST, listed(3, 1, 2, 2, epoch=2)]}},
+        "last record of recommendations (offset 3) names support version 1, older than 2 at offset 2",
+    ),
+    "a step back by the owner": (
+        {"scores": {"recommendations": [LAST, listed(3, 1, 2, 2), listed(4, 2, 2, 3)]}},
+        "version goes back from (1, 2) (offset 2) to (1, 1), both written under epoch 1",
+    ),
+    "another size": ({"scores": {"recommendations": [listed(0, 2, 1, 3)]}}, "is of 1 events up to"),
+    "another list of the same versions": (
+        {"scores": {"recommendations": [LAST, listed(3, 2, 2, 3, items=[{"item_id": "c", "score": 0.5}])]}},
+        "two different recommendations of the same versions (1, 2)",
+    ),
+    "an epoch nobody had": ({"scores": {"recommendations": [listed(0, 2, 2, 3, epoch=3)]}}, "written under epoch 3"),
+    "no epoch": ({"scores": {"recommendations": [replace(LAST, headers=())]}}, "written under epoch None"),
+    "another user's list": ({"scores": {"recommendations": [listed(0, 2, 2, 3, user_id="v")]}}, "is of v and model"),
+    "a tombstone": ({"scores": {"recommendations": [record(LISTS, 0, None)]}}, "a score record without key or value"),
+    "a write by a superseded owner": (
+        {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 2, 5, "two"), LedgerWrite(CLICKS, 0, 2, 6, "one")]},
+        "one moved clicks[0] to 6 under epoch 2, which two had claimed: a superseded owner wrote",
+    ),
+    "a ledger that goes back": (
+        {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 1, 4, "one")]},
+        "one moved clicks[0] back from 5 to 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_found(wrong: str) -> None:
+    changed, finding = WRONG[wrong]
+    findings = judged(**changed).findings
+    assert any(finding in each for each in findings), findings
+
+
+def test_an_older_record_of_a_stranger_is_no_finding_once_it_is_answered() -> None:
+    lists = [listed(0, 2, 2, 3, epoch=2), listed(1, 1, 2, 2, epoch=1), listed(2, 2, 2, 3, epoch=2)]
+    verdict = judged(scores={"recommendations": lists})
+    assert verdict.ok
+    assert verdict.counts["recommendations_older_than_the_one_before"] == 1
+
+
+def test_findings_are_counted_and_not_all_kept() -> None:
+    stored = [StoredSet(f"v{n}", 1, []) for n in range(2 * MOST_FINDINGS)]
+    verdict = judged(stored=[*evidence().stored, *stored])
+    assert len(verdict.findings) == MOST_FINDINGS
+    assert verdict.counts["findings"] == 2 * MOST_FINDINGS
+
+
+def test_scores_that_differ_in_the_last_digits_are_the_same_list() -> None:
+    def of(*pairs: tuple[str, float]) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(listed(0, 1, 1, 0).value or b"")
+        return said | {"items": [{"item_id": item, "score": score} for item, score in pairs]}
+
+    one = of(("a", 1.0), ("b", 0.5), ("c", 0.4))
+    assert same_content(one, of(("a", 1.00001), ("b", 0.5), ("c", 0.39999)))
+    assert same_content(of(("a", 0.5), ("b", 0.5)), of(("b", 0.50001), ("a", 0.49999)))
+    assert same_content(one, of(("a", 1.0), ("b", 0.5), ("d", 0.40001)))  # which of two equal ones is the last
+    assert not same_content(one, of(("a", 1.0), ("b", 0.5)))
+    assert not same_content(one, of(("a", 1.0), ("b", 0.51), ("c", 0.4)))
+    assert not same_content(one, of(("b", 1.0), ("a", 0.5), ("c", 0.4)))
+    assert not same_content(one, of(("a", 1.0), ("d", 0.5), ("c", 0.4)))
+
+
+def test_what_everybody_does_is_part_of_the_versions_of_a_ranked_list_only() -> None:
+    said = json.loads(listed(0, 7, 1, 0, trends_version=3).value or b"")
+    assert content_key(said) == (1, 7)
+    assert content_key(said | {"method": "bayes+ranker"}) == (1, 7, 3)
+
+
+# --- the oracle reads records by itself; here both readings are compared
+
+GOOD: dict[str, Any] = json.loads(event("e"))
+READABLE: list[dict[str, Any]] = [
+    {},
+    {"event_time": "2025-06-15T15:06:40.5Z"},
+    {"event_time": "2025-06-15T17:06:40+02:00"},
+    {"price": 1, "quantity": 2.5, "currency": "EUR", "value": None},
+    {"session_id": "", "category": "c", "ad_id": "a", "unknown": [1]},
+    {"user_id": "ü" * 128},
+]
+REFUSED: list[dict[str, Any]] = [
+    {"event_id": None},
+    {"event_id": ""},
+    {"user_id": 7},
+    {"user_id": "ü" * 129},
+    {"item_id": "a\0"},
+    {"event_type": "view"},
+    {"event_time": -1},
+    {"event_time": "2025-06-15T15:06:40"},
+    {"event_time": "then"},
+    {"event_time": True},
+    {"event_time": RULES.latest_ms + 1},
+    {"price": "dear"},
+    {"category": ""},
+    {"session_id": 1},
+]
+
+
+@pytest.mark.parametrize("change", [*READABLE, *REFUSED], ids=str)
+def test_oracle_and_product_read_records_alike(change: dict[str, Any]) -> None:
+    _compare(json.dumps(GOOD | change).encode())
+
+
+@pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b"null", b"\xff", b'{"a":NaN}', b" " * 1_001], ids=str)
+def test_oracle_and_product_refuse_alike(value: bytes | None) -> None:
+    _compare(value)
+
+
+def _compare(value: bytes | None) -> None:
+    def product() -> tuple[str, int, str]:
+        read = decode(value, latest_ms=RULES.latest_ms, max_bytes=RULES.max_bytes)
+        return read.user_id, read.time_ms, read.item_id
+
+    def oracle() -> tuple[str, int, str]:
+        user, (time, _, item, _, _) = read_event(value, RULES)
+        return user, time, item
+
+    assert _outcome(oracle) == _outcome(product)
+
+
+def _outcome(read: Callable[[], tuple[str, int, str]]) -> object:
+    try:
+        return read()
+    except Poison as poison:
+        return str(poison)
+    except DeadLetterError as error:
+        return str(error.reason)
+
+
+def test_a_fold_in_any_order_is_the_same() -> None:
+    values = [event(f"e{n}", at=n % 4) for n in range(12)]
+    folds = []
+    for order in (values, values[::-1], values[::2] + values[1::2] + values):
+        oracle = Oracle(RULES)
+        for offset, value in enumerate(order):
+            oracle.see(record(CLICKS, offset, value))
+        folds.append(oracle.expected("u"))
+    assert folds[0] == folds[1] == folds[2]
+    assert len(folds[0]) == RULES.capacity
