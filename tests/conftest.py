@@ -64,6 +64,7 @@ def _settings(services: Services, template: str) -> Iterator[Settings]:
             bootstrap_servers=services.bootstrap_servers,
             ingest_group=f"ingest.{mark}",
             adapt_group=f"adapt.{mark}",
+            quality_group=f"quality.{mark}",
         ),
         topics=TopicSettings(**names, partitions=4),
         database=DatabaseSettings(url=_address(services, f"t{mark}")),

@@ -27,7 +27,7 @@ _LINES = {
     "latency": ("Event to score, ms", ("p50", "p99")),
     "throughput": ("Records a second", ("events", "requests", "scores")),
 }
-_ARMS = {"adapted": "adapted", "hold_out": "hold-out"}
+_ARMS = {"adapted": "adapted", "hold_out": "hold-out", "placebo": "placebo"}
 _CUTOFF = 20
 
 

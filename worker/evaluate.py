@@ -79,9 +79,11 @@ def sequence(  # noqa: PLR0917 - options by name
     report: Folder,
     draws: Draws = 500,
     seed: Seed = 0,
-    encoder: Annotated[str, typer.Option(help="History encoder: attention, gru or pooled.")] = "attention",
+    encoder: Annotated[
+        str, typer.Option(help="History encoder under the heads: attention, gru or pooled.")
+    ] = "attention",
     dimension: Annotated[int, typer.Option(min=2, help="Coordinates of an item's vector.")] = 96,
-    epochs: Annotated[int, typer.Option(min=1, help="The most epochs of the history encoder.")] = 14,
+    epochs: Annotated[int, typer.Option(min=1, help="The most epochs of that encoder.")] = 14,
 ) -> None:
     """Every user's last item among the whole catalogue, after the items before it."""
     from innerloop.evaluation.protocols import sequence  # noqa: PLC0415
@@ -137,6 +139,7 @@ def stream(  # noqa: PLR0917 - options by name
     warm_up: Annotated[int | None, typer.Option(min=1, help="Events at the start that are only learned from.")] = None,
     hits: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of a hit rate; may be given again.")] = None,
     reciprocal: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of an MRR; may be given again.")] = None,
+    sequence: Annotated[str | None, typer.Option(help="Sequence model: auto, off, pooled, gru or attention.")] = None,
     through_kafka: Annotated[bool, typer.Option(help="Also send the events through the real loop.")] = False,  # noqa: FBT002
     rate: Annotated[float, typer.Option(min=1, help="Events per second through the loop.")] = 500.0,
 ) -> None:
@@ -153,6 +156,7 @@ def stream(  # noqa: PLR0917 - options by name
         warm_up=warm_up,
         hits=tuple(hits) if hits else None,
         reciprocal=tuple(reciprocal) if reciprocal else None,
+        sequence=sequence,
     )
     job = _Job("stream", data, report, draws, seed)
     live = _live(rate) if through_kafka else None

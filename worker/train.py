@@ -1,17 +1,20 @@
 """`innerloop train`: history in, a registered release out."""
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
+from innerloop.learning.processes import from_first, join_processes, leave_processes, processes, rank
 from innerloop.learning.releases import Release, save
+from innerloop.learning.sequence_training import forget_checkpoint
 from innerloop.learning.training import train
 from innerloop.store import history, releases
 from innerloop.store.database import Database, connect, require_tables, transaction
@@ -19,47 +22,97 @@ from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import require_topics
 
 
-def run_train(settings: Settings, file: Path | None, columns: Mapping[str, str], share: float) -> None:
-    """Train on the first `share` of `file`, or on the support sets in the database, and register the release."""
+def run_train(
+    settings: Settings, file: Path | None, columns: Mapping[str, str], share: float, checkpoint: Path | None = None
+) -> None:
+    """Train on the first `share` of `file`, or on the support sets in the database, and register the release.
+
+    Under torchrun the processes share the training; the first one reads the history and registers the release.
+    """
+    join_processes()
+    try:
+        _train(settings, file, columns, share, checkpoint)
+    finally:
+        leave_processes()
+
+
+def _train(
+    settings: Settings, file: Path | None, columns: Mapping[str, str], share: float, checkpoint: Path | None
+) -> None:
     engine = connect(settings.database)
     require_tables(engine)
     require_topics(settings, [settings.topics.releases])  # now, not after the training
-    if file is None:
-        with transaction(engine) as connection:
-            events = history.read_history(connection)
-    else:
-        events = read_events(file, columns=columns)
-        events = events.head(int(len(events) * share))
-    release, location = train_release(settings, engine, events)
+    events = _agreed_on(lambda: _history(engine, file, columns, share))
+    if rank() > 0:
+        _trained(settings, events, 0, checkpoint)
+        return
+    release, location = train_release(settings, engine, events, checkpoint)
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
 
 
-def train_release(settings: Settings, engine: Database, events: pl.DataFrame) -> tuple[Release, Path]:
-    """Train, save, register and announce the next release; the release and its card's path."""
-    if events.is_empty():
-        raise SettingsError("There are no events to train on: replay some first, or name a file with --events.")
+def _history(engine: Database, file: Path | None, columns: Mapping[str, str], share: float) -> pl.DataFrame:
+    if file is None:
+        with transaction(engine) as connection:
+            return history.read_history(connection)
+    events = read_events(file, columns=columns)
+    return events.head(int(len(events) * share))
+
+
+def _agreed_on(read: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+    """The first process's table, in all of them: while they read, the database grows."""
+    if processes() == 1:
+        return read()
+
+    def packed() -> bytes:
+        buffer = io.BytesIO()
+        read().write_ipc(buffer)
+        return buffer.getvalue()
+
+    return pl.read_ipc(io.BytesIO(from_first(packed)))
+
+
+def train_release(
+    settings: Settings, engine: Database, events: pl.DataFrame, checkpoint: Path | None = None
+) -> tuple[Release, Path]:
+    """Train, save, register and announce the next release; the release and its card's path.
+
+    A training that was stopped goes on from the directory `checkpoint`, which is emptied once the release is there.
+    """
     with transaction(engine) as connection:
         version = releases.next_version(connection)
+    release = _trained(settings, events, version, checkpoint)
+    location = save(release, settings.learning.releases_dir.absolute())
+    register(settings, engine, release, location)
+    if checkpoint is not None:
+        forget_checkpoint(checkpoint)
+    return release, location
+
+
+def _trained(settings: Settings, events: pl.DataFrame, version: int, checkpoint: Path | None) -> Release:
+    if events.is_empty():
+        raise SettingsError("There are no events to train on: replay some first, or name a file with --events.")
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
         TimeElapsedColumn(),
+        TextColumn("elapsed, left"),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=False,
+        disable=rank() > 0,
     ) as bar:
-        release = train(
+        return train(
             events,
             settings=settings.learning,
             weights=settings.support.weights,
             capacity=settings.support.capacity,
+            impressions=settings.support.impressions,
             version=version,
             progress=_told(bar),
+            checkpoint=checkpoint,
         )
-    location = save(release, settings.learning.releases_dir.absolute())
-    register(settings, engine, release, location)
-    return release, location
 
 
 def register(settings: Settings, engine: Database, release: Release, location: Path) -> None:

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
+from innerloop.holdout import place
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.topics import ensure_topics
@@ -40,10 +41,7 @@ SHORT_SESSION = {"session.timeout.ms": "2500", "heartbeat.interval.ms": "250"}
 
 @pytest.fixture
 def quality(settings: Settings) -> Settings:
-    kafka = settings.kafka.model_copy(
-        update={"quality_group": settings.kafka.ingest_group.replace("ingest", "quality")}
-    )
-    changed = settings.model_copy(update={"kafka": kafka, "quality": settings.quality.model_copy(update=QUALITY)})
+    changed = settings.model_copy(update={"quality": settings.quality.model_copy(update=QUALITY)})
     ensure_topics(changed)
     return changed
 
@@ -202,14 +200,14 @@ def plain(settings: Settings) -> dict[int, Record]:
     due = []
     for at, click in clicks.values():
         start = click["event_time"] // WINDOW_MS * WINDOW_MS
-        window = found.setdefault(start, {"without_list": 0, "judged": [], "ads": []})
+        window = found.setdefault(start, {"without_list": 0, "judged": [], "placebo": [], "ads": []})
         judge = _newest_before(at, click, lists)
         if judge is None:
             window["without_list"] += 1
         else:
-            names = [each["item_id"] for each in judge["items"]][:20]
-            rank = names.index(click["item_id"]) + 1 if click["item_id"] in names else math.inf
-            window["judged"].append((judge["arm"], judge["model_version"], click["user_id"], rank))
+            window["judged"].append((judge["arm"], *_judged(click, judge)))
+            if judge["arm"] == "adapted" and (other := _of_another(at, click, lists)):
+                window["placebo"].append(("placebo", *_judged(click, other)))
         shown = _newest_before(at, click, ads) if "ad_id" in click else None
         chance = {ad["ad_id"]: ad["score"] for ad in shown["ads"]}.get(click["ad_id"]) if shown else None
         if shown and chance is not None:
@@ -226,6 +224,23 @@ def plain(settings: Settings) -> dict[int, Record]:
     return found
 
 
+def _judged(click: Record, judge: Record) -> tuple[int, str, float]:
+    names = [each["item_id"] for each in judge["items"]][:20]
+    rank = names.index(click["item_id"]) + 1 if click["item_id"] in names else math.inf
+    return judge["model_version"], click["user_id"], rank
+
+
+def _of_another(at: int, click: Record, lists: list[tuple[int, Record]]) -> Record | None:
+    """What the next adapted user by the hash had, from the clicking one on and around."""
+    places = {user: place(user, 20_260_103) for user in {record["user_id"] for _, record in lists}}
+    own = places.pop(click["user_id"])
+    for user in sorted(places, key=lambda user: (places[user] - own) % 1.0):
+        found = _newest_before(at, {**click, "user_id": user}, lists)
+        if found and found["arm"] == "adapted":
+            return found
+    return None
+
+
 def _newest_before(at: int, click: Record, records: list[tuple[int, Record]]) -> Record | None:
     before = [
         (record["model_version"], record["support_version"], record["scored_at"], n)
@@ -236,7 +251,11 @@ def _newest_before(at: int, click: Record, records: list[tuple[int, Record]]) ->
 
 
 def _group(window: Record, arm: str, version: int | None) -> Record | None:
-    mine = [(user, rank) for a, v, user, rank in window["judged"] if a == arm and version in {None, v}]
+    mine = [
+        (user, rank)
+        for a, v, user, rank in [*window["judged"], *window["placebo"]]
+        if a == arm and version in {None, v}
+    ]
     ads = [(chance, label) for a, v, chance, label in window["ads"] if a == arm and version in {None, v}]
     if not mine and not ads:
         return None
@@ -284,14 +303,14 @@ def assert_equal(settings: Settings, found: dict[int, Record]) -> None:
         assert record["late"] == 0
         assert record["without_list"] == window["without_list"], start
         assert record["clicks"] == window["without_list"] + len(window["judged"])
-        arms = [_group(window, arm, None) for arm in ("adapted", "hold_out")]
+        arms = [_group(window, arm, None) for arm in ("adapted", "hold_out", "placebo")]
         assert record["arms"] == [group for group in arms if group]
-        told = {(a, v) for a, v, *_ in [*window["judged"], *window["ads"]]}
+        told = {(a, v) for a, v, *_ in [*window["judged"], *window["placebo"], *window["ads"]]}
         assert record["versions"] == [_group(window, arm, version) for arm, version in sorted(told)]
         both = {arm for arm, *_ in window["judged"]} == {"adapted", "hold_out"}
         assert len(record["lift"]) == (2 if both else 0)
         for lift in record["lift"]:
-            rates = [{at["k"]: at["hit_rate"] for at in arm["at"]}[lift["k"]] for arm in record["arms"]]
+            rates = [{at["k"]: at["hit_rate"] for at in arm["at"]}[lift["k"]] for arm in record["arms"][:2]]
             assert lift["difference"] == pytest.approx(rates[0] - rates[1], abs=2e-6)
             assert lift["low"] < lift["difference"] < lift["high"]
 
@@ -313,6 +332,7 @@ def test_windows_equal_a_plain_computation(quality: Settings) -> None:
     found = judge_of(windows(quality))
     assert_equal(quality, found)
     assert sum(len(window["arms"]) for window in found.values()) > 10
+    assert sum(group["clicks"] for w in found.values() for group in w["arms"] if group["arm"] == "placebo") > 100
     assert sum((group["ads"] or {"purchases": 0})["purchases"] for w in found.values() for group in w["arms"]) > 10
 
 

@@ -31,7 +31,7 @@ def _shop() -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _train(history: pl.DataFrame, method: str = "bayes") -> Release:
-    settings = LearningSettings(dimension=16, method=method)
+    settings = LearningSettings(dimension=16, method=method, sequence="off")
     return train(history, settings=settings, weights=WEIGHTS, capacity=16, version=3)
 
 
@@ -72,7 +72,7 @@ def test_none_serves_the_prior_to_everyone() -> None:
 
 def test_progress_grows_to_one() -> None:
     told: list[float] = []
-    settings = LearningSettings(dimension=8)
+    settings = LearningSettings(dimension=8, sequence="off")
     train(
         _shop()[0].head(1_000),
         settings=settings,
@@ -201,7 +201,7 @@ def test_a_release_put_together_wrongly_is_refused(release: Release, tmp_path: P
 
 @pytest.fixture(scope="module")
 def heads(release: Release) -> dict[str, Head]:
-    settings = LearningSettings(dimension=16, method="bayes")
+    settings = LearningSettings(dimension=16, method="bayes", sequence="off")
     return teach_heads(_shop()[0], release, settings=settings, weights=WEIGHTS, capacity=16)
 
 

@@ -8,7 +8,8 @@ import pytest
 from innerloop.evaluation.quality_judge import JudgedClick, effective_clicks, lifts
 from innerloop.evaluation.quality_record import QualityWindow
 from innerloop.evaluation.quality_state import Batch, Click, Listed, Progress, Purchase, User
-from innerloop.evaluation.quality_windows import QualityWindows, WindowShape
+from innerloop.evaluation.quality_windows import QualityWindows, WindowShape, held_against
+from innerloop.holdout import place
 
 SHAPE = WindowShape(window_ms=1_000, grace_ms=500, idle_ms=2_000)
 
@@ -166,9 +167,71 @@ def test_memory_is_bounded_and_the_longest_unseen_go_first() -> None:
         windows.hear(Batch("s", 5_000 + n, lists=[listed(n, ["a"], user=f"u{n}")]))
         assert len(windows.users) <= 20
     assert "u199" in windows.users
+    windows.hear(Batch("c", 5_300, clicks=[click(5_250, user="u199", mark=-1)]))
+    placebo = windows.judge(5_000, 9_000).arms[1]
+    assert (placebo.arm, placebo.clicks) == ("placebo", 1), "of those who are still remembered"
     for n in range(1_000):
         windows.hear(Batch("s", 9_000, lists=[listed(n, ["a"])], clicks=[click(1_000, mark=n)]))
     assert len(windows.users["u"].lists) == len(windows.users["u"].clicks) == 256
+
+
+# --- the placebo
+
+
+def test_the_placebo_is_the_list_another_adapted_user_had_at_the_click() -> None:
+    """Whoever has none, only one that came after the click, or is of the hold-out, is passed over."""
+    late = listed(1_000, ["b"], published=3_000, user="late")
+    held = msgspec.structs.replace(listed(1_000, ["b"], user="held"), arm="hold_out")
+    lists = [listed(1_000, ["a"]), late, held]
+    clicks = [click(2_000, "b"), click(2_100, "b", user="listless")]
+    (window,) = told(Batch("c", 3_005, clicks=clicks, lists=lists), until=9_000)
+    assert [(each.arm, each.clicks) for each in window.arms] == [("adapted", 1)], "nobody else's"
+    lists += [listed(1_000, ["b"], user="other"), listed(1_500, ["c", "b"], user="other")]
+    (window,) = told(Batch("c", 3_005, clicks=clicks, lists=lists), until=9_000)
+    adapted, placebo = window.arms
+    assert (adapted.arm, adapted.at[0].hits, placebo.arm, placebo.at[0].mrr) == ("adapted", 0, "placebo", 0.5)
+    assert (placebo.users, placebo.clicks, placebo.ads) == (1, 1, None)
+    assert (window.clicks, window.without_list, window.lift) == (2, 1, []), "its clicks are counted once"
+
+
+def test_clicks_that_the_hold_outs_lists_judge_have_no_placebo() -> None:
+    held = msgspec.structs.replace(listed(1_000, ["a"]), arm="hold_out")
+    batch = Batch("c", 2_005, clicks=[click(2_000)], lists=[held, listed(1_000, ["a"], user="other")])
+    (window,) = told(batch, until=9_000)
+    assert [each.arm for each in window.arms] == ["hold_out"]
+
+
+def test_the_placebo_is_the_next_in_the_order_of_a_hash_whoever_came_and_went() -> None:
+    """Also when the memory is given back: the user's place is all it depends on."""
+    names = [f"u{n}" for n in range(40)]
+    lists = [listed(1_000, names[n:] + names[:n], user=name) for n, name in enumerate(names)]
+    clicks = [click(2_000, rank, user=name, mark=int(rank[1:])) for name in names for rank in names[:3]]
+    windows = QualityWindows(SHAPE)
+    windows.hear(Batch("c", 2_005, clicks=clicks, lists=lists))
+    windows.hear(Batch("c", 2_006, forgotten=names[10:20]))
+    left = sorted(names[:10] + names[20:], key=lambda name: place(name, 20_260_103))
+    following = dict(zip(left, left[1:] + left[:1], strict=True))
+    by_user = {each.user_id: each for each in lists}
+    ranks = [by_user[following[c.user_id]].items.index(c.item_id) for c in clicks if c.user_id in following]
+    for each in (windows, QualityWindows(SHAPE, windows.users, windows.progress)):
+        placebo = each.judge(2_000, 9_000).arms[1]
+        assert [at.hits for at in placebo.at] == [sum(rank < k for rank in ranks) for k in (10, 20)]
+        assert placebo.at[1].mrr == pytest.approx(sum(1 / (1 + r) for r in ranks if r < 20) / len(ranks), abs=1e-6)
+
+
+def test_a_click_looks_at_a_bounded_number_of_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def counted(click: Click, lists: list[Listed]) -> Listed | None:
+        looked.append(click)
+        return held_against(click, lists)
+
+    monkeypatch.setattr("innerloop.evaluation.quality_windows.held_against", counted)
+    windows = QualityWindows(SHAPE)
+    lists = [listed(5_000, ["a"], user=f"later{n}") for n in range(1_000)]
+    windows.hear(Batch("c", 6_000, clicks=[click(2_000)], lists=[listed(1_000, ["a"]), *lists]))
+    assert [each.arm for each in windows.judge(2_000, 9_000).arms] == ["adapted"]
+    assert len(looked) == 1 + 64
 
 
 # --- the interval

@@ -108,7 +108,7 @@ def _right(ranker: Ranker, lessons: Lesson) -> float:
 
 def test_a_planted_rule_is_learned_whatever_the_features_scales() -> None:
     test = _planted(seed=1)
-    learned = learn_ranker(_planted(2_000))
+    learned = learn_ranker(_planted(3_000))
     assert _right(learned, test) > 0.75
     assert _right(_ranker(), test) < 0.2
 

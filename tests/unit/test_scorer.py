@@ -31,7 +31,7 @@ def _history() -> pl.DataFrame:
 
 
 def _train(history: pl.DataFrame, version: int = 1) -> Release:
-    settings = LearningSettings(dimension=12)
+    settings = LearningSettings(dimension=12, sequence="off")
     return train(history, settings=settings, weights=WEIGHTS, capacity=CAPACITY, version=version)
 
 
@@ -189,7 +189,7 @@ def test_the_head_is_told_as_a_feature_and_as_its_lift_over_the_prior(
 ) -> None:
     """Also where scores aren't linear in the vectors."""
     monkeypatch.setattr(training, "_HEADS", {name: training._HEADS[name]})
-    settings = LearningSettings(dimension=12)
+    settings = LearningSettings(dimension=12, sequence="off")
     head = teach_heads(_history().head(1_600), release, settings=settings, weights=WEIGHTS, capacity=CAPACITY)[name]
     assert head.linear == (name == "bayes")
     scorer, _ = _shown(replace(release, head=head), log, 1_500)

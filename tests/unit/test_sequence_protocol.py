@@ -1,10 +1,10 @@
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.baselines.sequence_scorers import (
     Ease,
@@ -17,12 +17,12 @@ from innerloop.evaluation.baselines.sequence_scorers import (
 )
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.protocols.sequence import BASELINES, _other_users, run
-from innerloop.evaluation.sequence_aggregation import Aggregation, Candidates, Describer, learn_aggregation
-from innerloop.evaluation.sequence_course import Course, Options
+from innerloop.evaluation.sequence_course import Options
 from innerloop.evaluation.sequence_heads import GAINS, chosen_gain
+from innerloop.evaluation.sequence_served import ServedSequences, as_events
 from innerloop.evaluation.sequences import Sequences, read_sequences
 
-QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",))
+QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",), positions=20_000)
 
 
 def sequences(*users: list[int], catalogue: int = 6) -> Sequences:
@@ -184,70 +184,6 @@ def test_popularity_ignores_and_recents_are_the_history() -> None:
     assert Recents().scores(sequences([4, 2, 3]))[0].argsort()[::-1][:3].tolist() == [3, 2, 4]
 
 
-class Fixed:
-    """The same scores whatever the history."""
-
-    def __init__(self, scores: list[list[float]]) -> None:
-        self.found = np.array(scores, np.float32)
-
-    def scores(self, _histories: Sequences) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return self.found.copy()
-
-
-def test_own_items_are_candidates_only_where_they_repeat() -> None:
-    scorers = {"a": Fixed([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])}
-    history = sequences([0, 1])
-    for repeats, expected in ((False, [2, 3, 4, 5]), (True, [0, 1, 2, 3, 4, 5])):
-        describer = Describer(scorers, logits=frozenset(), repeats=repeats)
-        found = describer.candidates(describer.scores(history), history.lengths)
-        assert found.items.tolist() == expected
-        assert found.features.shape == (len(expected), len(describer.features))
-        assert bool(np.isfinite(found.features).all())
-
-
-def test_a_logit_becomes_its_log_probability_over_what_may_be_ranked() -> None:
-    scorers = {"a": Fixed([[1.0, 2.0, 3.0, 0.0, -1.0, 9.0]])}
-    describer, history = Describer(scorers, logits=frozenset({"a"}), repeats=False), sequences([5])
-    found = describer.candidates(describer.scores(history), history.lengths)
-    probability = np.exp(found.features[:, describer.features.index("a log P")])
-    assert probability.sum() == pytest.approx(1.0, rel=1e-5)
-    assert found.features[2, describer.features.index("a rank")] == pytest.approx(1 / 3)
-
-
-def lesson(rng: np.random.Generator, moments: int) -> tuple[Candidates, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Feature 0 is where the target is high, feature 1 is noise."""
-    features = rng.normal(size=(moments * 10, 2)).astype(np.float32)
-    targets = rng.integers(10, size=moments)
-    features[np.arange(moments) * 10 + targets, 0] += 2.0
-    items, starts = np.tile(np.arange(10), moments), np.arange(moments + 1) * 10
-    return Candidates(items, starts, features), targets
-
-
-def test_the_aggregation_follows_what_foresees_and_not_the_noise() -> None:
-    rng = np.random.default_rng(0)
-    learned = learn_aggregation([lesson(rng, 200), lesson(rng, 200)], ["signal", "noise"])
-    assert learned.weights[0].item() > 10 * abs(learned.weights[1].item())
-    candidates, targets = lesson(rng, 500)
-    by_signal = np.mean(learned.ranks(candidates, targets, 99) == 1)
-    assert by_signal > 0.5
-
-
-def test_with_nothing_to_learn_from_the_aggregation_ranks_nothing_above_another() -> None:
-    candidates, targets = lesson(np.random.default_rng(0), 5)
-    for parts in ([], [(candidates, targets + 100)]):
-        learned = learn_aggregation(parts, ["signal", "noise"])
-        assert learned.ranks(candidates, targets, 99).tolist() == [10] * 5
-
-
-def test_a_target_ranks_behind_its_equals_and_last_of_all_when_it_is_no_candidate() -> None:
-    candidates, targets = lesson(np.random.default_rng(0), 3)
-    learned = learn_aggregation([lesson(np.random.default_rng(1), 50)], ["signal", "noise"])
-    tied = replace(candidates, features=np.zeros_like(candidates.features))
-    assert learned.ranks(tied, targets, 99).tolist() == [10] * 3
-    assert learned.ranks(candidates, targets + 50, 99).tolist() == [99] * 3
-    assert isinstance(learned, Aggregation)
-
-
 def test_everybody_is_given_somebody_elses_history() -> None:
     others = _other_users(50, seed=0)
     assert sorted(others) == list(range(50))
@@ -295,18 +231,28 @@ def test_the_same_seed_gives_the_same_figures(judged: Outcome, tmp_path: Path) -
 
 
 def test_nothing_is_learned_from_test_targets() -> None:
-    """Other last items leave every score of every history as it was."""
+    """Other last items leave every list after every history as it was."""
     rng = np.random.default_rng(0)
     users = [[int(i) for i in (rng.integers(20) + np.arange(3 + n % 4)) % 20] for n in range(60)]
     changed = [[*user[:-1], (user[-1] + 9) % 20] for user in users]
-    scores = []
+    settings, lists = LearningSettings(dimension=8, sequence="pooled", sequence_positions=2_000), []
     for version in (users, changed):
-        course = Course(sequences(*version, catalogue=20), QUICK, 0, silent)
-        course.learn()
-        histories = course.before.take(np.arange(30))
-        candidates = course.describer.candidates(course.describer.scores(histories), histories.lengths)
-        scores.append(course.aggregation(candidates))
-    assert scores[0].tolist() == scores[1].tolist()
+        before = sequences(*version, catalogue=20).without_last(1)
+        served = ServedSequences.learn(before, settings, silent)
+        lists.append(
+            [served.ranks(before, np.full(60, item), longest=10, repeats=False).tolist() for item in range(20)]
+        )
+    assert lists[0] == lists[1]
+
+
+def test_made_up_times_keep_each_users_order_and_end_together() -> None:
+    events = as_events(sequences([3, 1, 2], [5], [4, 4]), seed=0)
+    assert events["event_time"].is_sorted()
+    of_first = events.filter(pl.col("user_id") == "0")
+    assert of_first["item_id"].to_list() == ["3", "1", "2"]
+    assert of_first["event_time"].diff().drop_nulls().to_list() == [300_000, 300_000]
+    ends = events.group_by("user_id").agg(pl.col("event_time").max())["event_time"]
+    assert int(ends.max()) - int(ends.min()) < 300_000  # type: ignore[arg-type]
 
 
 def test_own_items_are_ranked_where_the_shops_users_come_back_to_them(tmp_path: Path) -> None:
@@ -317,11 +263,13 @@ def test_own_items_are_ranked_where_the_shops_users_come_back_to_them(tmp_path: 
     assert outcome.means["default"]["hr@10"].mean() > 0.3
 
 
-def test_a_handful_of_users_is_enough_to_run(tmp_path: Path) -> None:
-    table = shop(users=3).vstack(pl.DataFrame({"user_id": ["z"], "position": [0], "item_id": ["i1"]}))
-    outcome = run(written(table, tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
-    assert len(outcome.users) == 3
+def test_who_has_one_item_is_not_tested_and_too_few_events_for_a_release_are_a_sentence(tmp_path: Path) -> None:
+    lonely = pl.DataFrame({"user_id": ["z"], "position": [0], "item_id": ["i1"]})
+    outcome = run(written(shop(users=60).vstack(lonely), tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
+    assert len(outcome.users) == 60
     assert outcome.facts["users with one item, not tested"] == 1
+    with pytest.raises(SettingsError, match="training needs 100"):
+        run(written(shop(users=3), tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
 
 
 def test_users_too_short_to_learn_from_are_a_sentence(tmp_path: Path) -> None:

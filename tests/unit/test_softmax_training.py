@@ -49,9 +49,8 @@ def plan(**changes: float) -> Plan:
 
 def full_softmax_loss(of: SequenceModel, items: Tensor, learned: Tensor) -> Tensor:
     vectors, bias = of.of_items(torch.arange(ITEMS)), of.bias
-    logits = of(items[:, :-1]) @ vectors.T + bias
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), items[:, 1:], reduction="none")
-    return (losses * learned[:, 1:]).sum()
+    logits = of(items[:, :-1], learned[:, 1:]) @ vectors.T + bias
+    return torch.nn.functional.cross_entropy(logits, items[:, 1:][learned[:, 1:]], reduction="sum")
 
 
 def learned_of(some: Histories) -> Tensor:
@@ -213,7 +212,8 @@ def test_an_empty_history_has_the_vector_zero_and_batch_mates_make_no_difference
 WORKER = """
 import sys
 import torch
-from innerloop.learning.softmax_training import Trainer, join_processes
+from innerloop.learning.processes import join_processes
+from innerloop.learning.softmax_training import Trainer
 from test_softmax_training import histories, model, plan
 torch.set_num_threads(1)
 join_processes()

@@ -25,7 +25,9 @@ from innerloop.learning.scorer import Lists, Scorer
 from innerloop.learning.stream_log import StreamLog, stream_of
 from innerloop.support import SupportSets
 
-OPTIONS = StreamOptions(warm_up_share=0.6, capacity=16, train_every_hours=1e6, hits=(5, 10), reciprocal=(10,))
+OPTIONS = StreamOptions(
+    warm_up_share=0.6, capacity=16, train_every_hours=1e6, hits=(5, 10), reciprocal=(10,), sequence="off"
+)
 SERVED = {"default", "none", "placebo", "stale-1h", "stale-1d"}
 
 

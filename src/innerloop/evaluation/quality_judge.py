@@ -15,11 +15,11 @@ import numpy as np
 
 from innerloop.evaluation.metrics import auc, hit_rate, predicted_over_observed, reciprocal_rank
 from innerloop.evaluation.outcome import Floats, Ints
-from innerloop.evaluation.quality_record import CUTOFFS, AdFigures, AtCutoff, Group, Lift
+from innerloop.evaluation.quality_record import CUTOFFS, AdFigures, AtCutoff, Group, JudgedArm, Lift
 from innerloop.scores import Arm
 
 _Z = 1.959963984540054
-ARMS: tuple[Arm, ...] = ("adapted", "hold_out")
+ARMS: tuple[JudgedArm, ...] = ("adapted", "hold_out", "placebo")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class JudgedClick:
     """A click held against its list: the rank of its item from 1, 0 where it is not on the list."""
 
     user_id: str
-    arm: Arm
+    arm: JudgedArm
     model_version: int
     rank: int
 
@@ -64,7 +64,7 @@ def groups(clicks: Sequence[JudgedClick], ads: Sequence[JudgedAd]) -> tuple[list
 
 def lifts(clicks: Sequence[JudgedClick]) -> list[Lift]:
     """Adapted minus hold-out at each cutoff; none where an arm has no clicks."""
-    first, second = ([c for c in clicks if c.arm == arm] for arm in ARMS)
+    first, second = ([c for c in clicks if c.arm == arm] for arm in ("adapted", "hold_out"))
     if not first or not second:
         return []
     found = []
@@ -102,7 +102,7 @@ def _rate_with_interval(clicks: Sequence[JudgedClick], k: int) -> tuple[float, f
     return p, middle - half, middle + half
 
 
-def _group(arm: Arm, version: int | None, clicks: Sequence[JudgedClick], ads: Sequence[JudgedAd]) -> Group:
+def _group(arm: JudgedArm, version: int | None, clicks: Sequence[JudgedClick], ads: Sequence[JudgedAd]) -> Group:
     ranks = np.array([each.rank for each in clicks], np.int64)
     at = []
     for k in CUTOFFS if clicks else ():

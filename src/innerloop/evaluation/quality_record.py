@@ -1,10 +1,12 @@
 """What `innerloop quality` says of one window: the message on the topic quality.windows."""
 
+from typing import Literal
+
 import msgspec
 
-from innerloop.scores import Arm
-
 CUTOFFS = (10, 20)
+JudgedArm = Literal["adapted", "hold_out", "placebo"]
+"""What clicks are judged by: a list of one of the two arms of scores; `placebo` is another adapted user's list."""
 
 
 class AtCutoff(msgspec.Struct, frozen=True):
@@ -32,7 +34,7 @@ class AdFigures(msgspec.Struct, frozen=True):
 class Group(msgspec.Struct, frozen=True):
     """Figures of one arm, of one model version or (null) of all."""
 
-    arm: Arm
+    arm: JudgedArm
     model_version: int | None
     users: int
     clicks: int

@@ -13,14 +13,19 @@ that is told again changes nothing.
   together, no list that knew the click can judge it, whichever clock is wrong.
 - **A click on an ad** is judged by the probability that the newest such list had for the ad, and labelled when its 24
   hours have passed: was the ad's clicked item bought by this user within them?
+- **The placebo**: a click that an adapted list has judged is judged again by the list that another user had then, of
+  the next user in the order of a hash whose list at the click (the same two rules) was an adapted one. Users are in a
+  ring, kept as they come and go: no click looks at more than `_LOOKED_AT` of them, and one that finds none has no
+  placebo. Lists that are no better than their placebo are good for everybody, not for their user.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from innerloop.evaluation.quality_judge import JudgedAd, JudgedClick, groups, lifts
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality_record import JudgedArm, QualityWindow
 from innerloop.evaluation.quality_state import (
     AdClick,
     Batch,
@@ -31,10 +36,13 @@ from innerloop.evaluation.quality_state import (
     Source,
     User,
 )
+from innerloop.holdout import place
 
 LABEL_MS = 86_400_000
 """A purchase within this time after the click is the click's."""
 _MOST = 256  # of each kind, of one user: more are a robot's
+_LOOKED_AT = 64  # users of the ring, for one click
+_RING_SEED = 20_260_103  # not the hold-out's: its users would all stand together
 _OLD_LISTS = 4  # lists that know no event of an open window: republished ones may still judge what is on its way
 
 Some = TypeVar("Some", bound=Listed)
@@ -64,6 +72,7 @@ class QualityWindows:
 
     def __post_init__(self) -> None:
         self._clicked: dict[int, set[str]] = {}  # by window: who clicked in it
+        self._ring = sorted(map(_place, self.users))
         self._on_ads: set[str] = set()  # who has a click on an ad that waits for its purchase
         for name, user in self.users.items():
             for click in user.clicks:
@@ -103,7 +112,7 @@ class QualityWindows:
 
     def judge(self, start: int, now: int) -> QualityWindow:
         """The figures of a window. Changes nothing that a second time would not change alike."""
-        end, clicks, unlisted = start + self.shape.window_ms, [], 0
+        end, clicks, placebos, unlisted = start + self.shape.window_ms, [], [], 0
         for name in sorted(self._clicked.get(start, ())):
             user = self.users[name]
             for click in user.clicks:
@@ -111,10 +120,12 @@ class QualityWindows:
                     listed = held_against(click, user.lists)
                     unlisted += listed is None
                     if listed is not None:
-                        clicks.append(_judged(click, listed))
+                        clicks.append(_judged(click, listed, listed.arm))
+                    if listed is not None and listed.arm == "adapted" and (other := self._of_another(click)):
+                        placebos.append(_judged(click, other, "placebo"))
                     self._wait_for_purchase(user, click)
         ads = list(self._matured(self.progress.closed - LABEL_MS, end - LABEL_MS))
-        by_arm, by_version = groups(clicks, ads)
+        by_arm, by_version = groups([*clicks, *placebos], ads)
         late, total = self.progress.late, len(clicks) + unlisted
         return QualityWindow(start, end, now, total, unlisted, late, by_arm, by_version, lifts(clicks))
 
@@ -157,6 +168,7 @@ class QualityWindows:
         user = self.users.get(name)
         if user is None:
             user = self.users[name] = User()
+            insort(self._ring, _place(name))
         user.seen_at = max(user.seen_at, at)
         self.changed.add(name)
         return user
@@ -182,6 +194,7 @@ class QualityWindows:
     def _forget(self, name: str) -> None:
         if self.users.pop(name, None) is not None:
             self.changed.add(name)
+            del self._ring[bisect_left(self._ring, _place(name))]
         self._on_ads.discard(name)
         for clicked in self._clicked.values():
             clicked.discard(name)
@@ -202,6 +215,18 @@ class QualityWindows:
         needed = min((each.time for each in user.ad_clicks), default=closed)
         user.purchases = [each for each in user.purchases if each.time >= min(needed, closed)]
         self.changed.add(name)
+
+    # --- the placebo
+
+    def _of_another(self, click: Click) -> Listed | None:
+        """The adapted list at the time of the click of the next user in the ring that had one."""
+        own = bisect_left(self._ring, _place(click.user_id))
+        for step in range(1, min(_LOOKED_AT + 1, len(self._ring))):
+            _, other = self._ring[(own + step) % len(self._ring)]
+            listed = held_against(click, self.users[other].lists)
+            if listed is not None and listed.arm == "adapted":
+                return listed
+        return None
 
     # --- ads
 
@@ -233,9 +258,14 @@ def held_against(click: Click, lists: Sequence[Some]) -> Some | None:
     return max(before, key=lambda each: each.order, default=None)
 
 
-def _judged(click: Click, listed: Listed) -> JudgedClick:
+def _place(name: str) -> tuple[float, str]:
+    """Where a user is in the ring: not by name alone, since users whose names are neighbours may be alike."""
+    return place(name, _RING_SEED), name
+
+
+def _judged(click: Click, listed: Listed, arm: JudgedArm) -> JudgedClick:
     rank = listed.items.index(click.item_id) + 1 if click.item_id in listed.items else 0
-    return JudgedClick(click.user_id, listed.arm, listed.model_version, rank)
+    return JudgedClick(click.user_id, arm, listed.model_version, rank)
 
 
 def _is_purchase_of(click: AdClick, purchase: Purchase) -> bool:

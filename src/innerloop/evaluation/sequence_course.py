@@ -1,8 +1,8 @@
-"""What the `sequence` protocol learns from the training part and the validation targets.
+"""What the baselines and heads of the `sequence` protocol learn from the training part and the validation targets.
 
 1. The history encoder is trained on everything but the validation targets, which say when to stop.
 2. The settings of item-kNN are chosen by coordinate ascent on validation targets.
-3. Heads are meta-trained on some of the validation users, the aggregation's weights on others.
+3. Heads are meta-trained on some of the validation users, their gains chosen on others.
 4. All scorers are learned again with the validation items; the encoder continues from its best epoch.
 """
 
@@ -27,7 +27,6 @@ from innerloop.evaluation.baselines.sequence_scorers import (
 )
 from innerloop.evaluation.metrics import ndcg_of_one
 from innerloop.evaluation.outcome import Floats, Ints, Tell
-from innerloop.evaluation.sequence_aggregation import Aggregation, Describer, learn_aggregation
 from innerloop.evaluation.sequence_heads import Adapted, Encoded, teach
 from innerloop.evaluation.sequences import Sequences
 from innerloop.learning.heads import META_TRAIN, Recipe
@@ -39,12 +38,9 @@ T = TypeVar("T")
 
 HEADS = ("bayes", "anil", "cavia", "maml", "reptile")
 _AT_ONCE, _SCORES_AT_ONCE = 400, 5_000_000  # histories scored together: at most so many, and so many scores
-_LOGITS = frozenset({"encoder", "bayes"})
-_MEMBERS = ("item-knn", "next", "ease", "ials", "vsknn", "popularity")  # of the aggregation besides _LOGITS
-_TUNING, _EPISODES, _LESSONS = 2_500, 1_500, 8_000  # validation users for settings, heads and the aggregation
+_TUNING, _EPISODES = 2_500, 1_500  # validation users for settings and heads
 _RARE_REPEATS = 0.005
 _CONTINUED = 0.25  # of the best number of epochs, for the validation items
-_NEXT = TransitionSettings(decay=0.3, backward=0.1, forget=0.1, from_power=0.3, to_power=0.3, window=3)
 _CANDIDATES: dict[str, tuple[float, ...]] = {
     "forget": (0.3, 0.5, 0.9, 1.0),
     "decay": (0.3, 0.5, 0.9, 1.0),
@@ -56,7 +52,7 @@ _CANDIDATES: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What may be changed from the command line; `epochs` are the most the history encoder gets."""
+    """What may be changed about baselines and heads; `epochs` are the most the history encoder gets."""
 
     encoder: str = "attention"
     dimension: int = 96
@@ -64,6 +60,8 @@ class Options:
     epochs: int = 14
     negatives: int = 2_048
     heads: tuple[str, ...] = HEADS
+    positions: int = 1_500_000
+    """Most events that the served release's own sequence model learns from."""
 
 
 @dataclass
@@ -86,21 +84,17 @@ class Course:
         self.repeats = self._repeats()
 
     def learn(self) -> None:
-        """Everything; afterwards `describer`, `aggregation`, `scorers` and `heads` are those to be tested."""
+        """Everything; afterwards `encoded`, `scorers` and `heads` are those to be tested."""
         train = self.sequences.without_last(2)
         model, plan = self._encoder()
         self.transitions = self._tune(train)
         encoded = Encoded(model, self.options.capacity)
         self.heads = self._heads(encoded)
-        self.scorers = self._closed_form(train)
-        self.aggregation = self._aggregate(encoded)
-        del self.scorers
         self.tell("all again with the validation items", 0.75)
         self._continue(model, plan)
         self.encoded = Encoded(model, self.options.capacity)
         self.heads = {name: replace(head, encoded=self.encoded) for name, head in self.heads.items()}
         self.scorers = self._closed_form(self.before)
-        self.describer = self._describer(self.encoded)
 
     def ranks(self, scores: Scores, histories: Sequences, targets: Ints) -> Ints:
         """Rank each target, from 1, among the catalogue, behind its equals; own items are last unless they repeat."""
@@ -183,7 +177,6 @@ class Course:
         episodes = encoded.episodes(self.taught.take(np.arange(most)), self.targets[:most], seed=self.seed)
         judged = self.taught.take(np.arange(most, min(2 * most, len(self.taught))))
         recipe = Recipe(seed=self.seed, half_life=10.0, steps=100, rates=(0.01,))
-        self._used = 2 * most
         found = {}
         for done, name in enumerate(self.options.heads):
             self.tell(f"head {name}", 0.55 + 0.02 * done)
@@ -207,31 +200,9 @@ class Course:
             "popularity": lambda: Popularity.learn(train),
             "recents": Recents,
             "item-knn": lambda: Transitions.learn(train, self.transitions),
-            "next": lambda: Transitions.learn(train, _NEXT),
             "vsknn": lambda: VSknn.learn(train),
             "ials": lambda: Ials(train, dimension=128, seed=self.seed),
             "ease": lambda: Ease.learn(train, regularisation=60.0, forget=self.transitions.forget),
         }
         found = {name: self._timed(name, make) for name, make in makers.items()}
         return {name: scorer for name, scorer in found.items() if scorer is not None}
-
-    def _describer(self, encoded: Encoded) -> Describer:
-        scorers = {name: self.scorers[name] for name in _MEMBERS if name in self.scorers}
-        if self.repeats:
-            scorers["recents"] = self.scorers["recents"]
-        neural: dict[str, Scorer] = {"encoder": encoded}
-        if "bayes" in self.heads:
-            neural["bayes"] = self.heads["bayes"]
-        return Describer(scorers | neural, logits=_LOGITS, repeats=self.repeats)
-
-    def _aggregate(self, encoded: Encoded) -> Aggregation:
-        """Learn the weights on validation users that no head has seen."""
-        describer, parts = self._describer(encoded), []
-        last = min(self._used + _LESSONS, len(self.taught))
-        lessons = self.taught.take(np.arange(self._used, last))
-        for part in self.parts(lessons):
-            rows, histories = part + self._used, lessons.take(part)
-            self.tell("weights of the aggregation", 0.65 + 0.1 * part[:1].sum() / max(1, len(lessons)))
-            candidates = describer.candidates(describer.scores(histories), histories.lengths)
-            parts.append((candidates, self.targets[rows]))
-        return learn_aggregation(parts, describer.features)

@@ -103,19 +103,6 @@ class Adapted:
         return _lifted(self.encoded.scores(histories), self.head, parameters, self.encoded.features(), self.gain)
 
 
-@dataclass(frozen=True)
-class Unadapted:
-    """The encoder with the head's prior on top, whatever the examples."""
-
-    encoded: Encoded
-    head: Head
-    gain: float
-
-    def scores(self, histories: Sequences) -> Scores:
-        prior = self.head.prior.unsqueeze(0)
-        return _lifted(self.encoded.scores(histories), self.head, prior, self.encoded.features(), self.gain)
-
-
 MetaTrain = Callable[[Episodes, Recipe], Head]
 
 

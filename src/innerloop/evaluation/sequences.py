@@ -14,7 +14,7 @@ import scipy.sparse
 import torch
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.event_table import read_actions
 from innerloop.evaluation.outcome import Ints
 from innerloop.learning.softmax_training import Histories
 
@@ -119,9 +119,9 @@ def _positions(path: Path) -> pl.DataFrame:
     """Columns user (0, 1, ..), item_id and position, sorted by row of the file."""
     columns = _columns(path)
     if "position" in columns:
-        events = read_events(path, columns={"event_time": columns["position"]})
+        events = read_actions(path, columns={"event_time": columns["position"]})
     else:
-        events = read_events(path)
+        events = read_actions(path)
     events = events.rename({"event_time": "position"})
     if not events.height:
         raise SettingsError(f"{path} is empty: name a file with user_id, position and item_id.")
@@ -129,7 +129,7 @@ def _positions(path: Path) -> pl.DataFrame:
 
 
 def _columns(path: Path) -> dict[str, str]:
-    """The file's columns by their names in lower case; none where it can't be read, which `read_events` explains."""
+    """The file's columns by their names in lower case; none where it can't be read, which `read_actions` explains."""
     scans: dict[str, Callable[[Path], pl.LazyFrame]] = {
         ".parquet": pl.scan_parquet,
         ".csv": pl.scan_csv,

@@ -31,7 +31,11 @@ class School:
     """Trains releases on what has happened, as `innerloop train` does every night."""
 
     def __init__(self, events: pl.DataFrame, options: StreamOptions, seed: int) -> None:
-        self._events, self._options, self._settings = events, options, LearningSettings(seed=seed)
+        self._events, self._options, self._settings = (
+            events,
+            options,
+            LearningSettings(seed=seed, sequence=options.sequence),
+        )
 
     def release(self, upto: int, tell: Tell = lambda _what, _share: None) -> Release:
         """A release of the newest events before row `upto`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.event_table import read_actions
 
 _READABLE = (".csv", ".jsonl", ".ndjson", ".parquet")
 
@@ -32,8 +32,8 @@ def read_table(path: Path, *, history: Path | None = None) -> EventTable:
 
 def _table(path: Path) -> pl.DataFrame:
     if not path.is_dir():
-        return read_events(path)
+        return read_actions(path)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READABLE)
     if not files:
         raise SettingsError(f"{path} holds none of {', '.join(_READABLE)} files: put the events there or name a file.")
-    return pl.concat([read_events(file) for file in files], how="diagonal_relaxed").sort("event_time")
+    return pl.concat([read_actions(file) for file in files], how="diagonal_relaxed").sort("event_time")

@@ -30,6 +30,8 @@ class StreamOptions:
     train_on: int = 300_000
     """Newest events that a release is trained on."""
     capacity: int = 64
+    sequence: str = "auto"
+    """The served release's sequence model, as in `learning.sequence`."""
 
 
 PRESETS: Mapping[str, StreamOptions] = {

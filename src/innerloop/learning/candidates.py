@@ -49,7 +49,15 @@ FEATURES: tuple[str, ...] = (
     "head_lift",
     "log_size",
     "log_gap",
+    # Those of a release with a sequence model, and 0 without: a ranker of fewer features reads those before them.
+    "sequence",
+    "followers",
+    "followers_share",
+    "foreseen_only",
 )
+_FORESEEN_ONLY = FEATURES.index("foreseen_only")
+PLAIN = FEATURES.index("sequence")
+"""How many features there are without a sequence model."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +135,13 @@ class Pool:
     popular: Ints  # [P]
 
 
-def gather(recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int) -> Candidates:
-    """Candidates of T tasks at `now` [T] (epoch ms) among `count` places; `liked` [T, K] are those the head likes best.
+def gather(  # noqa: PLR0917 - everything that candidates come from
+    recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int, foreseen: Ints | None = None
+) -> Candidates:
+    """Candidates of T tasks at `now` [T] (epoch ms) among `count` places.
 
-    The features `head` and `head_lift` are left at 0: they are the ranker's to fill in.
+    `liked` [T, K] are those the head likes best, `foreseen` [T, L] those of a sequence model, some perhaps twice. The
+    features that they have to fill in (`head`, `head_lift`, `sequence`, `followers`, `followers_share`) are left at 0.
     """
     near, shares = pool.trends.co_visits.of(recent.places[:, :NEAR])  # [T, L, K], [T, L, K, 4]
     tasks = len(now)
@@ -141,6 +152,8 @@ def gather(recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int) -> Ca
         _in_category(recent, pool),
         liked,
     ]
+    if foreseen is not None:
+        sources.append(foreseen)
     keys, inverse = np.unique(np.concatenate([_keys(source, count) for source in sources]), return_inverse=True)
     task, places = keys // count, keys % count
     own = inverse[: int((recent.places >= 0).sum())]
@@ -156,7 +169,12 @@ def gather(recent: Recent, now: Ints, pool: Pool, liked: Ints, count: int) -> Ca
         np.log1p((recent.places >= 0).sum(1))[task],
         _gap(recent)[task],
     ]
-    features = np.stack(columns, 1).astype(np.float32)
+    features = np.zeros((len(keys), len(FEATURES)), np.float32)
+    for number, column in enumerate(columns):
+        features[:, number] = column
+    if foreseen is not None:
+        features[:, _FORESEEN_ONLY] = 1.0
+        features[inverse[: len(inverse) - int((foreseen >= 0).sum())], _FORESEEN_ONLY] = 0.0
     starts = np.searchsorted(task, np.arange(tasks + 1))
     return Candidates(starts, places, features)
 

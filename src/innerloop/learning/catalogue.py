@@ -14,6 +14,24 @@ from innerloop.learning.ranking import best_by
 from innerloop.learning.releases import Release
 
 
+class _Table:
+    """Rows that others are put behind, with room for as many again: items come one by one."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self._buffer, self._count = empty, 0
+
+    @property
+    def rows(self) -> Tensor:
+        return self._buffer[: self._count]
+
+    def extend(self, rows: Tensor) -> None:
+        before, self._count = self._count, self._count + len(rows)
+        if self._count > len(self._buffer):
+            room = rows.new_empty(2 * self._count - before, rows.shape[1])
+            self._buffer = torch.cat([self._buffer[:before], room])
+        self._buffer[before : self._count] = rows
+
+
 class Catalogue:
     """Vectors of N items under a release, on one device, and where each item number of the database is among them.
 
@@ -25,7 +43,9 @@ class Catalogue:
         self.release, self.device = release, device
         self.head: Head = RESTORE[release.head.name]({name: t.to(device) for name, t in release.head.state().items()})
         self.item_ids: list[str] = []
-        self._buffer: Tensor = release.item_vectors[:0].to(device)  # [>= N, d]
+        self._table = _Table(release.item_vectors[:0].to(device))
+        self.sequence = None if release.sequence is None else release.sequence.on(device)
+        self._sequence_table = None if self.sequence is None else _Table(self.sequence.vectors[:0].to(device))
         self._places: dict[str, int] = {}
         self._category_numbers = {name: number for number, name in enumerate(release.encoder.categories)}
         self._categories = Categories(np.empty(0, np.int64))
@@ -46,7 +66,17 @@ class Catalogue:
 
     @property
     def vectors(self) -> Tensor:
-        return self._buffer[: len(self.item_ids)]  # [N, d]
+        return self._table.rows  # [N, d]
+
+    @property
+    def sequence_vectors(self) -> Tensor:
+        """The vectors [N, e] of the sequence model, in a release that has one."""
+        assert self._sequence_table is not None  # noqa: S101 - asked for by who saw `sequence`
+        return self._sequence_table.rows
+
+    def places_of_release(self) -> NDArray[np.int64]:
+        """Where the release's own items are, [M]."""
+        return np.array([self._places[item] for item in self.release.item_ids], np.int64)
 
     @property
     def categories(self) -> Categories:
@@ -73,18 +103,12 @@ class Catalogue:
         categories = [new[name] for name in names]
         self._places.update({item: place for place, item in enumerate(names, len(self.item_ids))})
         self.item_ids += names
-        self._extend(self.release.vectors_for(names, categories).to(self.device))
+        self._table.extend(self.release.vectors_for(names, categories).to(self.device))
+        if self._sequence_table is not None:
+            self._sequence_table.extend(self.release.sequence_vectors_for(names, categories).to(self.device))
         numbers = self._category_numbers
         of_new = [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in categories]
         self._categories = Categories(np.concatenate([self._categories.of_place, np.array(of_new, np.int64)]))
-
-    def _extend(self, vectors: Tensor) -> None:
-        """Put the vectors of the newest items behind the others, with room for as many again: items come one by one."""
-        before = len(self.item_ids) - len(vectors)
-        if len(self.item_ids) > len(self._buffer):
-            room = vectors.new_empty(2 * len(self.item_ids) - before, vectors.shape[1])
-            self._buffer = torch.cat([self._buffer[:before], room])
-        self._buffer[before : len(self.item_ids)] = vectors
 
     def places(self, numbers: NDArray[np.integer]) -> NDArray[np.int64]:
         """Where items are in `vectors`, -1 for a number that `add` has not seen."""

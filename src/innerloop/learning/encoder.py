@@ -63,16 +63,24 @@ class Encoder:
         names = [None, *self.categories]
         return [names[row + 1] for row in self.item_categories.tolist()]
 
+    def rows_of(self, item_ids: Sequence[str]) -> Tensor:
+        """Where items are in the table, [M] int64; -1 for what isn't."""
+        return torch.tensor([self._rows.get(item_id, -1) for item_id in item_ids], dtype=torch.int64)
+
+    def category_rows_of(self, categories: Sequence[str | None]) -> Tensor:
+        """Where categories are among `categories`, [M] int64; -1 for None and what isn't."""
+        rows = [self._category_rows.get(name, -1) if name is not None else -1 for name in categories]
+        return torch.tensor(rows, dtype=torch.int64)
+
     def vector_of(self, item_id: str, category: str | None = None) -> Tensor:
         """Return the vector [d] of one item, in the table or not."""
         return self.vectors_for([item_id], [category])[0]
 
     def vectors_for(self, item_ids: Sequence[str], categories: Sequence[str | None] | None = None) -> Tensor:
         """Return the vectors [N, d] of any items; `categories`, where known, serve those that aren't in the table."""
-        rows = [self._rows.get(item_id, -1) for item_id in item_ids]
-        at = torch.tensor(rows, dtype=torch.int64)
-        found = self.vectors[at.clamp(min=0)] if len(self.vectors) else torch.zeros(len(rows), self.dimension)
-        unknown = [n for n, row in enumerate(rows) if row < 0]
+        at = self.rows_of(item_ids)
+        found = self.vectors[at.clamp(min=0)] if len(self.vectors) else torch.zeros(len(at), self.dimension)
+        unknown = (at < 0).nonzero().squeeze(1).tolist()
         if unknown:
             names = [categories[n] for n in unknown] if categories is not None else [None] * len(unknown)
             found[unknown] = self._fallback([item_ids[n] for n in unknown], names)
@@ -82,8 +90,7 @@ class Encoder:
         vectors = torch.zeros(len(item_ids), self.dimension)
         vectors[:, :-FIXED] = signatures(item_ids, self.dimension - FIXED)
         vectors[:, -1] = 1.0
-        rows = [self._category_rows.get(name, -1) if name is not None else -1 for name in categories]
-        at = torch.tensor(rows, dtype=torch.int64)
+        at = self.category_rows_of(categories)
         known = at >= 0
         vectors[known, :-FIXED] += self.category_vectors[at[known]]
         return vectors

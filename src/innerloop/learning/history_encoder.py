@@ -20,6 +20,18 @@ _RATES = 4  # decayed means side by side in `pooled`
 _INIT = 0.02
 
 
+def last_of(history: nn.Module, vectors: Tensor, lengths: Tensor) -> Tensor:
+    """What an encoder makes of histories' vectors [B, S, d], of which the first `lengths` [B] count: [B, d].
+
+    The row after the last example; of an empty history it means nothing. Some encoders need not make the others.
+    """
+    if isinstance(history, PooledEncoder):
+        return history.last(vectors, lengths)
+    at = torch.arange(len(vectors), device=vectors.device)
+    found: Tensor = history(vectors)[at, (lengths - 1).clamp(min=0)]
+    return found
+
+
 def history_encoder(kind: str, dimension: int, *, capacity: int, dropout: float = 0.2, layers: int = 2) -> nn.Module:
     """Make the encoder of that kind for histories of at most `capacity` examples.
 
@@ -47,6 +59,13 @@ class PooledEncoder(nn.Module):
         weights = torch.softmax(kept.masked_fill(age < 0, -torch.inf), dim=-1)  # [R, S, S]
         means = torch.einsum("rts,bsd->btrd", weights, self.dropout(vectors))
         return self.mix(means.flatten(2))  # type: ignore[no-any-return]
+
+    def last(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        """The row after each history's last example, [B, d], of which the first `lengths` [B] count."""
+        age = lengths.unsqueeze(1) - 1 - torch.arange(vectors.shape[1], device=vectors.device)  # [B, S]
+        kept = torch.sigmoid(self.rates).log().view(1, -1, 1) * age.clamp(min=0).unsqueeze(1)  # [B, R, S]
+        weights = torch.softmax(kept.masked_fill((age < 0).unsqueeze(1), -torch.inf), dim=-1).nan_to_num()
+        return self.mix((weights @ vectors).flatten(1))  # type: ignore[no-any-return]
 
 
 class GruEncoder(nn.Module):

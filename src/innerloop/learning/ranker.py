@@ -8,6 +8,7 @@ is high for the item that came next (listwise softmax cross-entropy; Cao et al. 
 score is one feature among live popularity, co-visits and the task's own items.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from innerloop.learning.candidates import FEATURES, Candidates
+from innerloop.learning.candidates import FEATURES, PLAIN, Candidates
 
 _HIDDEN = 32
 _NEGATIVES = 96
@@ -26,6 +27,8 @@ _PATIENCE = 3
 _FAR = 10.0  # standard deviations: a value that was rare while learning must not outweigh all others
 _HELD_OUT = 0.15
 _LEAST_SPREAD = 1e-3
+_LEAST_CHANCE = 1e-3
+_JUDGED = 6_000  # lessons at most by which it is decided whether a sequence model pays
 
 
 class Ranker:
@@ -42,8 +45,8 @@ class Ranker:
         return cls(mean, scale, network)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Tell f of features [.., F]: [..]."""
-        standard = ((features - self.mean) * self.scale).clamp(-_FAR, _FAR)
+        """Tell f of the first F of features [.., >= F]: [..]."""
+        standard = ((features[..., : len(self.mean)] - self.mean) * self.scale).clamp(-_FAR, _FAR)
         scores: Tensor = self.network(standard).squeeze(-1)
         return scores
 
@@ -75,12 +78,30 @@ class Lesson:
         return len(self.features)
 
     def __getitem__(self, rows: Tensor | slice) -> "Lesson":
+        """Some of the moments."""
         return Lesson(self.features[rows], self.offset[rows], self.weights[rows])
+
+    def surprise(self, ranker: Ranker) -> Tensor:
+        """-log P(what came next), [R]; inf where that was no candidate."""
+        logits = ranker(self.features) + self.offset
+        return logits.logsumexp(1) - logits[:, 0]
 
     def loss(self, ranker: Ranker) -> Tensor:
         """Weighted mean of -log P(what came next)."""
-        logits = ranker(self.features) + self.offset
-        return (self.weights * (logits.logsumexp(1) - logits[:, 0])).sum() / self.weights.sum()
+        return (self.weights * self.surprise(ranker)).sum() / self.weights.sum()
+
+    def plain(self) -> "Lesson":
+        """The same moments as they were without a sequence model: its features and its own candidates left out.
+
+        What came next may be among these: its offset is -inf then.
+        """
+        only = self.features[..., -1] > 0
+        return Lesson(self.features[..., :PLAIN], self.offset.masked_fill(only, -torch.inf), self.weights)
+
+    def learnable(self) -> "Lesson":
+        """The moments whose next item is a candidate, and not the only one."""
+        able = (self.offset[:, 0] > -torch.inf) & (self.offset[:, 1:] > -torch.inf).any(1)
+        return self[able]
 
 
 def lesson(candidates: Candidates, target: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> Lesson:
@@ -118,11 +139,34 @@ def join(lessons: Sequence[Lesson]) -> Lesson:
     )
 
 
+def worth_of_sequences(lessons: Lesson, *, seed: int = 0) -> float:
+    """By how many standard errors the newest lessons, held out, speak for a ranker that sees a sequence model.
+
+    Two rankers are taught on some of the other lessons, with the sequence model and without. Judged is log P of what
+    came next, at least log `_LEAST_CHANCE`: what isn't a candidate isn't on the list either.
+    """
+    early = lessons[: len(lessons) - _held_out(lessons)]
+    some = early[:: -(-len(early) // _JUDGED)]
+    with_them, without = (learn_ranker(part, seed=seed) for part in (some, some.plain().learnable()))
+    test = lessons[len(lessons) - _held_out(lessons) :]
+    with torch.inference_mode():
+        pairs = (test.surprise(with_them), test.plain().surprise(without))
+        better, worse = (surprise.nan_to_num(posinf=100.0).clamp(max=-math.log(_LEAST_CHANCE)) for surprise in pairs)
+        gain = (worse - better) * test.weights / test.weights.mean()
+    if len(gain) < 2 or not bool(gain.any()):  # noqa: PLR2004 - a spread needs two
+        return 0.0
+    return float(gain.mean() / (gain.std() / len(gain) ** 0.5))
+
+
+def _held_out(lessons: Lesson) -> int:
+    return max(1, round(len(lessons) * _HELD_OUT))
+
+
 def learn_ranker(
     lessons: Lesson, *, epochs: int = 12, seed: int = 0, tell: Callable[[str, float], None] = lambda _w, _s: None
 ) -> Ranker:
     """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs at least 20 moments."""
-    held = max(1, round(len(lessons) * _HELD_OUT))
+    held = _held_out(lessons)
     train, test = lessons[: len(lessons) - held], lessons[len(lessons) - held :]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -155,4 +199,6 @@ def _standardised(lessons: Lesson) -> Ranker:
     real = lessons.features[lessons.offset > -torch.inf]
     spread = real.std(0)
     # What never moved says nothing, now or later: divided by next to nothing, the first to move would outshout all.
-    return Ranker.new(real.mean(0), torch.where(spread > _LEAST_SPREAD, 1.0 / spread, 0.0))
+    scale = torch.where(spread > _LEAST_SPREAD, 1.0 / spread, 0.0)
+    scale[FEATURES.index("foreseen_only") :] = 0.0  # for telling lessons apart, not for ranking
+    return Ranker.new(real.mean(0), scale)

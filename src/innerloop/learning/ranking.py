@@ -6,6 +6,7 @@ from torch import Tensor
 from innerloop.learning.heads import Head
 
 _HIDDEN = 32  # numbers that a small network holds for each item and task
+_GATHERED = 2_048  # vectors gathered at once
 _SCORES = 4_000_000  # held at once: 16 MB; fewer reads the item vectors more often, more leaves the cache
 
 
@@ -48,6 +49,23 @@ def best_by(
         values.append(best.values)
         indices.append(best.indices)
     return torch.cat(indices), torch.cat(values)
+
+
+def scores_of(
+    parameters: Tensor, rows: Tensor, vectors: Tensor, places: Tensor, prior: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scores [M] of vectors [N, d] at `places` [M], by parameters [T, d] of tasks `rows` [M] and by a prior [d].
+
+    Some at a time: what is gathered stays in the cache. Without a prior the second is zeros.
+    """
+    scores, unadapted = parameters.new_empty(len(rows)), parameters.new_zeros(len(rows))
+    for first in range(0, len(rows), _GATHERED):
+        some = slice(first, first + _GATHERED)
+        gathered = vectors[places[some]]
+        scores[some] = torch.linalg.vecdot(gathered, parameters[rows[some]])
+        if prior is not None:
+            unadapted[some] = gathered @ prior
+    return scores, unadapted
 
 
 def _leave_out(scores: Tensor, excluded: Tensor) -> None:

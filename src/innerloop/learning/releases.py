@@ -7,7 +7,7 @@ so a card on disk means a whole release.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.learning.ads.ad_model import AdModel
-from innerloop.learning.candidates import FEATURES
+from innerloop.learning.candidates import FEATURES, PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import RESTORE, Head
 from innerloop.learning.ranker import Ranker
+from innerloop.learning.sequence_encoder import SequenceEncoder
+from innerloop.learning.transitions import Transitions
 
-_HEAD, _RANKER, _ADS = "head.", "ranker.", "ads."
+_HEAD, _RANKER, _ADS, _SEQUENCE, _TRANSITIONS = "head.", "ranker.", "ads.", "sequence.", "transitions."
 
 
 class DataSummary(msgspec.Struct, frozen=True):
@@ -60,6 +62,10 @@ class Release:
     """Without one, lists are what the head alone likes best."""
     ads: AdModel | None = None
     """Without one, ads are ranked by the head, and their scores are no probabilities."""
+    sequence: SequenceEncoder | None = None
+    """What a task's items in their order make likely; its table has the rows of `encoder`."""
+    transitions: Transitions | None = None
+    """What followed what, by rows of `encoder`; there is one where there is a sequence model."""
 
     @property
     def version(self) -> int:
@@ -77,6 +83,15 @@ class Release:
     def vectors_for(self, item_ids: Sequence[str], categories: Sequence[str | None] | None = None) -> Tensor:
         """Return the vectors [N, d] of any items, known to the release or not."""
         return self.encoder.vectors_for(item_ids, categories)
+
+    def sequence_vectors_for(self, item_ids: Sequence[str], categories: Sequence[str | None]) -> Tensor:
+        """The sequence model's vectors [N, e] of any items. Only for a release that has one."""
+        assert self.sequence is not None  # noqa: S101 - asked for by who saw it
+        rows = self.encoder.rows_of(item_ids)
+        unseen = self.sequence.unseen_vectors(self.encoder.category_rows_of(categories))
+        if not len(self.sequence.vectors):
+            return unseen
+        return torch.where((rows >= 0).unsqueeze(1), self.sequence.vectors[rows.clamp(min=0)], unseen)
 
 
 def save(release: Release, directory: Path | str) -> Path:
@@ -96,6 +111,10 @@ def save(release: Release, directory: Path | str) -> Path:
         tensors |= {f"{_RANKER}{key}": value for key, value in release.ranker.state().items()}
     if release.ads is not None:
         tensors |= {f"{_ADS}{key}": value for key, value in release.ads.state().items()}
+    if release.sequence is not None:
+        tensors |= {f"{_SEQUENCE}{key}": value for key, value in release.sequence.state().items()}
+    if release.transitions is not None:
+        tensors |= {f"{_TRANSITIONS}{key}": value for key, value in release.transitions.state().items()}
     content = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()})
     card = msgspec.structs.replace(release.card, sha256=hashlib.sha256(content).hexdigest())
     try:
@@ -107,10 +126,14 @@ def save(release: Release, directory: Path | str) -> Path:
     return directory / f"{name}.json"
 
 
-def load(card_path: Path | str) -> Release:
-    """Read and check a release. Raises SettingsError when a file is missing, was changed, or doesn't fit together."""
+def load(card_path: Path | str, registered: Mapping[str, object] | None = None) -> Release:
+    """Read and check a release. Raises SettingsError when a file is missing, was changed, or doesn't fit together.
+
+    `registered` is the card as the database has it: who can write to the directory, and to nothing else, could put
+    another release there whose own card names its tensors.
+    """
     card_path = Path(card_path)
-    card = _read_card(card_path)
+    card = _read_card(card_path, registered)
     content = _read(card_path.with_suffix(".safetensors"))
     if hashlib.sha256(content).hexdigest() != card.sha256:
         raise SettingsError(f"The tensors of {card_path} are not those its card was written for: fetch both again.")
@@ -128,19 +151,27 @@ def load(card_path: Path | str) -> Release:
         ranker = Ranker.restore(ranked) if ranked else None
         of_ads = _part(tensors, _ADS)
         ads = AdModel.restore(of_ads) if of_ads else None
+        of_sequence, of_transitions = _part(tensors, _SEQUENCE), _part(tensors, _TRANSITIONS)
+        sequence = SequenceEncoder.restore(of_sequence) if of_sequence else None
+        transitions = Transitions.restore(of_transitions) if of_transitions else None
     except (KeyError, ValueError, TypeError, RuntimeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
         raise SettingsError(f"{card_path} is no release that this version can read: {error!r}.") from None
-    _check_shapes(card, encoder, head, ranker, card_path)
+    _check_shapes(card, encoder, head, ranker, card_path, has_sequence=sequence is not None)
     for fault in () if ads is None else ads.faults(len(encoder.item_ids), len(encoder.categories)):
         raise SettingsError(f"{card_path} has an ad model with {fault}: train it again.")
-    return Release(card, encoder, head, ranker, ads)
+    faults = () if sequence is None else sequence.faults(len(encoder.item_ids), len(encoder.categories))
+    for fault in (*faults, *(() if transitions is None else transitions.faults(len(encoder.item_ids)))):
+        raise SettingsError(f"{card_path} has a sequence model with {fault}: train it again.")
+    return Release(card, encoder, head, ranker, ads, sequence, transitions)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _check_shapes(card: Card, encoder: Encoder, head: Head, ranker: Ranker | None, path: Path) -> None:
+def _check_shapes(
+    card: Card, encoder: Encoder, head: Head, ranker: Ranker | None, path: Path, *, has_sequence: bool
+) -> None:
     d = card.dimension
     expected = {
         "item vectors": (encoder.vectors, (len(encoder.item_ids), d)),
@@ -148,7 +179,7 @@ def _check_shapes(card: Card, encoder: Encoder, head: Head, ranker: Ranker | Non
         "prior": (head.prior, (d,) if head.linear else tuple(head.prior.shape)),
     }
     if ranker is not None:
-        count = (len(FEATURES),)
+        count = (len(FEATURES) if has_sequence else PLAIN,)
         expected |= {"means of its ranker": (ranker.mean, count), "scales of its ranker": (ranker.scale, count)}
         expected |= {f"{name} of its ranker": (t, tuple(t.shape)) for name, t in ranker.network.state_dict().items()}
     for what, (tensor, shape) in expected.items():
@@ -163,9 +194,14 @@ def _check_shapes(card: Card, encoder: Encoder, head: Head, ranker: Ranker | Non
         raise SettingsError(f"{path} has categories of items that are not one of its {known} each: train it again.")
 
 
-def _read_card(path: Path) -> Card:
+def _read_card(path: Path, registered: Mapping[str, object] | None) -> Card:
+    content = _read(path)
     try:
-        return msgspec.json.decode(_read(path), type=Card)
+        if registered is not None and msgspec.json.decode(content) != registered:
+            raise SettingsError(
+                f"{path} is not the card that was registered in the database: find out who changed it, or train again."
+            )
+        return msgspec.json.decode(content, type=Card)
     except msgspec.MsgspecError as error:
         raise SettingsError(f"{path} is no release card: {error}.") from None
 

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.learning.ad_scorer import MOST as MOST_ADS
-from innerloop.learning.ad_scorer import AdScorer
-from innerloop.learning.candidates import FEATURES, LIKED, Candidates, Pool, Recent, gather
+from innerloop.learning.ad_scorer import AdLists, AdScorer
+from innerloop.learning.candidates import FEATURES, LIKED, PLAIN, Candidates, Pool, Recent, gather
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.foreseer import Foreseer
 from innerloop.learning.heads import Head, Support
 from innerloop.learning.item_index import ItemSearch
-from innerloop.learning.ranking import best_by
+from innerloop.learning.ranking import best_by, scores_of
 from innerloop.learning.releases import Release
 from innerloop.metrics import STEP_SECONDS
 from innerloop.scores import AdsKind
@@ -51,6 +52,7 @@ class Scorer:
         self._index_above = index_above
         self._search = ItemSearch(index_above)
         self._ads = self._ad_scorer()
+        self._foreseer = self._new_foreseer()
 
     def use(self, release: Release) -> None:
         """Score by another release from now on; items keep their places, and the trends go on.
@@ -61,17 +63,22 @@ class Scorer:
         self._search.close()
         self._search = ItemSearch(self._index_above)
         self._ads = self._ad_scorer()
+        if self._foreseer is not None:
+            self._foreseer.close()
+        self._foreseer = self._new_foreseer()
 
     @property
     def method(self) -> str:
         """What made the lists: the head's name, and that a ranker had the last word."""
-        name = self.catalogue.head.name
+        name = self.catalogue.head.name + ("" if self._foreseer is None else "+sequence")
         return name if self.catalogue.release.ranker is None else f"{name}+ranker"
 
     @property
     def ads_kind(self) -> AdsKind:
-        """What the scores of ads are: the chance that a click is followed by a purchase, or good for ranking alone."""
-        return "ranking" if self._ads is None else "purchase_given_click"
+        """What ads are scored by: the chance of click and purchase, of purchase given click, or a ranking alone."""
+        if self._ads is None:
+            return "ranking"
+        return "click_and_purchase" if self._ads.by_click else "purchase_given_click"
 
     def observe(self, activity: Activity) -> None:
         """Take in what everybody did; items by their numbers, all of which `catalogue.add` has seen."""
@@ -107,19 +114,24 @@ class Scorer:
             return _lists(*best_by(head, parameters, self.catalogue.vectors, k))
 
     def ads(self, sets: SupportSets, k: int) -> tuple[Ints, Floats]:
+        """The numbers and scores of `ad_lists` for tasks that were shown nothing."""
+        found = self.ad_lists(sets, k)
+        return found.numbers, found.scores
+
+    def ad_lists(self, sets: SupportSets, k: int, shown: SupportSets | None = None) -> AdLists:
         """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores.
 
-        With an ad model in the release the scores are probabilities, else they only rank; see `ads_kind`.
+        With an ad model in the release the scores are probabilities, else they only rank; see `ads_kind`, which also
+        tells whether `shown`, the same tasks' impressions, are looked at.
         """
         with torch.inference_mode():
             if self._ads is not None:
                 with STEP_SECONDS.labels("ads").time():
-                    likeliest, chances = self._ads.best(sets, k, self._ads_liked(sets))
-                return likeliest.numpy(), chances.numpy()
+                    return self._ads.best(sets, shown, k, self._ads_liked(sets))
             if not self.catalogue.ad_ids:
-                return np.empty((len(sets.sizes), 0), np.int64), np.empty((len(sets.sizes), 0), np.float32)
+                return AdLists(np.empty((len(sets.sizes), 0), np.int64), np.empty((len(sets.sizes), 0), np.float32))
             best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
-        return best.cpu().numpy(), scores.float().cpu().numpy()
+        return AdLists(best.cpu().numpy(), scores.float().cpu().numpy())
 
     def _ad_scorer(self) -> AdScorer | None:
         model = self.catalogue.release.ads
@@ -139,19 +151,32 @@ class Scorer:
         catalogue = self.catalogue
         recent = self.recent(sets)
         now = np.where(sets.sizes > 0, sets.newest, self.trends.newest)
-        with STEP_SECONDS.labels("score").time():
-            liked = self._liked(parameters, LIKED).places
+        foreseen, liked = None, np.empty((len(sets.sizes), 0), np.int64)
+        if self._foreseer is None or catalogue.release.ranker is None:
+            # One search of the catalogue is enough to serve: the sequence model's finds more. Lessons see both.
+            with STEP_SECONDS.labels("score").time():
+                liked = self._liked(parameters, LIKED).places
+        if self._foreseer is not None:
+            with STEP_SECONDS.labels("sequence").time():
+                foreseen = self._foreseer.foresee(recent)
         pool = Pool(self.trends, catalogue.categories, self.trends.popularity.most)
+        extra = None if foreseen is None else foreseen.liked
         with STEP_SECONDS.labels("candidates").time():
-            found = gather(recent, now, pool, liked, len(catalogue))
+            found = gather(recent, now, pool, liked, len(catalogue), foreseen=extra)
         places = torch.from_numpy(found.places).to(catalogue.device)
-        vectors = catalogue.vectors[places]  # [M, d]
         rows = torch.from_numpy(found.rows()).to(catalogue.device)
-        scores = _scores(catalogue.head, parameters, rows, vectors)
-        prior = catalogue.head.score(catalogue.head.prior.unsqueeze(0), vectors).squeeze(0)
+        scores, prior = _scores(catalogue.head, parameters, rows, catalogue.vectors, places)
         found.features[:, _HEAD] = scores.cpu().numpy()
         found.features[:, _LIFT] = (scores - prior).cpu().numpy()
+        if self._foreseer is not None and foreseen is not None:
+            with STEP_SECONDS.labels("sequence").time():
+                self._foreseer.describe(foreseen, found)
         return found
+
+    def _new_foreseer(self) -> Foreseer | None:
+        release = self.catalogue.release
+        has_any = release.ranker is None or len(release.ranker.mean) > PLAIN
+        return None if release.sequence is None or not has_any else Foreseer(self.catalogue, self._index_above)
 
     def _liked(self, parameters: Tensor, k: int, excluded: Tensor | None = None) -> Lists:
         """What the adapted heads like best."""
@@ -185,11 +210,13 @@ def _lists(places: Tensor, scores: Tensor) -> Lists:
     return Lists(places.cpu().numpy(), scores.float().cpu().numpy())
 
 
-def _scores(head: Head, parameters: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
-    """The score [M] of vectors [M, d] under the parameters [T, P] of their rows [M]."""
+def _scores(head: Head, parameters: Tensor, rows: Tensor, vectors: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores [M] of what is at `places` [M] of vectors [N, d], by the parameters [T, P] of `rows` and the prior."""
     if head.linear:
-        return (vectors * parameters[rows]).sum(1)
-    return torch.cat(
+        return scores_of(parameters, rows, vectors, places, head.prior)
+    vectors = vectors[places]
+    prior = head.score(head.prior.unsqueeze(0), vectors).squeeze(0)
+    scores = torch.cat(
         [
             head.score(own.unsqueeze(0), theirs.unsqueeze(0)).squeeze(0)
             for own, theirs in zip(
@@ -197,6 +224,7 @@ def _scores(head: Head, parameters: Tensor, rows: Tensor, vectors: Tensor) -> Te
             )
         ]
     )
+    return scores, prior
 
 
 def _contained(places: Tensor, seen: Tensor) -> Tensor:

@@ -24,12 +24,13 @@ import msgspec
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from innerloop.errors import SettingsError
+from innerloop.learning.history_head import HistoryHead
 from innerloop.learning.item_encoder import ItemContent, ItemEncoder
+from innerloop.learning.processes import agreed, processes, rank
 
 Progress = Callable[[str, float], None]
 
@@ -75,15 +76,27 @@ class Plan:
     learning_rate: float = 3e-3  # reached after `_WARM_UP` of the epochs, then falling along a cosine to zero
     weight_decay: float = 0.0
     validation_tasks: int = 4_000
+    cuts: int = 0
+    """Targets that are learned from in a task and epoch, drawn anew; 0: all. A head is solved for each."""
     seed: int = 0
 
 
 class SequenceModel(nn.Module):
-    """Items and histories in one space: the score of an item is its vector times the history's, plus its bias."""
+    """Items and histories in one space: the score of an item is its vector times the history's, plus its bias.
 
-    def __init__(self, items: ItemEncoder, history: nn.Module, content: ItemContent | None = None) -> None:
+    With a `head` the history's vector is where the head starts from, and what it makes of it is scored with.
+    """
+
+    def __init__(
+        self,
+        items: ItemEncoder,
+        history: nn.Module,
+        content: ItemContent | None = None,
+        *,
+        head: HistoryHead | None = None,
+    ) -> None:
         super().__init__()
-        self.items, self.history = items, history
+        self.items, self.history, self.head = items, history, head
         self.bias = nn.Parameter(torch.zeros(items.items))
         self.content = content
 
@@ -96,9 +109,12 @@ class SequenceModel(nn.Module):
         vectors: Tensor = self.items(flat, content)
         return vectors.view(*rows.shape, vectors.shape[-1])
 
-    def forward(self, items: Tensor) -> Tensor:
-        """What comes after each of items [B, S]: [B, S, d]."""
-        return self.history(self.of_items(items))  # type: ignore[no-any-return]
+    def forward(self, items: Tensor, asked: Tensor) -> Tensor:
+        """What comes after those of items [B, S] that are `asked` [B, S] bool, one after another: [P, d]."""
+        vectors = self.of_items(items)
+        rows, steps = asked.nonzero(as_tuple=True)
+        hidden: Tensor = self.history(vectors)[rows, steps]
+        return hidden if self.head is None else self.head(hidden, vectors[rows], steps + 1)
 
     @torch.no_grad()
     def users(self, histories: Histories) -> Tensor:
@@ -107,8 +123,8 @@ class SequenceModel(nn.Module):
         parts = []
         for rows in torch.split(torch.arange(len(histories)), _RANKED_AT_ONCE):
             some = histories.take(rows)
-            hidden = self(some.items.to(self.bias.device))
-            last = hidden[torch.arange(len(rows)), (some.lengths - 1).clamp(min=0)]
+            newest = torch.arange(some.items.shape[1]) == (some.lengths - 1).clamp(min=0).unsqueeze(1)
+            last = self(some.items.to(self.bias.device), newest.to(self.bias.device))
             parts.append(torch.where((some.lengths > 0).unsqueeze(1).to(last.device), last, 0.0))
         return torch.cat(parts) if parts else torch.empty(0, self.items.identifiers.embedding_dim)
 
@@ -137,7 +153,7 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, items: Tensor, learned: Tensor, drawn: Tensor, log_expected: Tensor) -> Tensor:
         """Sum over the positions of items [B, S] that `learned` [B, S] marks, against items `drawn` [M]."""
-        hidden = self.model(items[:, :-1])[learned[:, 1:]]  # [P, d]
+        hidden = self.model(items[:, :-1], learned[:, 1:])  # [P, d]
         targets = items[:, 1:][learned[:, 1:]]  # [P]
         candidates, bias = self.model.of_items(drawn), self.model.bias  # [M, d]
         own = (hidden * self.model.of_items(targets)).sum(1) + bias[targets]
@@ -206,7 +222,7 @@ class Trainer:
             model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.98)
         )
         loss = SoftmaxLoss(model)
-        self.loss: nn.Module = DistributedDataParallel(loss) if _processes() > 1 else loss
+        self.loss: nn.Module = DistributedDataParallel(loss) if processes() > 1 else loss
 
     def run(self, *, until: int | None = None) -> Progressed:
         """Train to the end, or until that many epochs are done; the model then holds its best epoch's parameters."""
@@ -227,14 +243,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
         batches = list(self._batches(generator))
         with torch.random.fork_rng():
-            torch.manual_seed((self.plan.seed * 1_000_003 + epoch) * 1_009 + _rank())
+            torch.manual_seed((self.plan.seed * 1_000_003 + epoch) * 1_009 + rank())
             self.model.train()
             for number, rows in enumerate(batches):
                 share = (epoch + number / len(batches)) / self.plan.epochs
                 self.tell(f"epoch {epoch + 1} of at most {self.plan.epochs}", share)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.plan.learning_rate * _pace(share)
-                self._step(rows, *self.draw(generator))
+                self._step(rows, generator)
 
     def _batches(self, generator: torch.Generator) -> Iterator[Tensor]:
         """Rows of tasks of similar length, in random order: little is padded."""
@@ -246,13 +262,24 @@ class Trainer:
         for at in torch.randperm(len(parts), generator=generator).tolist():
             yield parts[at]
 
-    def _step(self, rows: Tensor, drawn: Tensor, log_expected: Tensor) -> None:
-        total = int(self.learned[rows].sum())
-        mine = rows[_rank() :: _processes()]
-        batch = self.histories.take(mine if len(mine) else rows[:1])
-        learned = self.learned[mine if len(mine) else rows[:1], : batch.items.shape[1]]
-        inputs = (batch.items, learned if len(mine) else torch.zeros_like(learned), drawn, log_expected)
-        loss = self.loss(*(part.to(self.device) for part in inputs)) * (_processes() / total)
+    def _asked(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Which targets of those tasks are learned from this time, [b, S]."""
+        learned = self.learned[rows]
+        if not self.plan.cuts:
+            return learned
+        drawn = torch.rand(learned.shape, generator=generator).masked_fill(~learned, -1.0)
+        nth = drawn.argsort(1, descending=True).argsort(1)
+        return learned & (nth < self.plan.cuts)
+
+    def _step(self, rows: Tensor, generator: torch.Generator) -> None:
+        drawn, log_expected = self.draw(generator)
+        asked = self._asked(rows, generator)
+        total = int(asked.sum())
+        part = slice(rank(), None, processes())
+        mine, learned = (rows[part], asked[part]) if len(rows) > rank() else (rows[:1], torch.zeros_like(asked[:1]))
+        batch = self.histories.take(mine)
+        inputs = (batch.items, learned[:, : batch.items.shape[1]], drawn, log_expected)
+        loss = self.loss(*(part.to(self.device) for part in inputs)) * (processes() / total)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -261,6 +288,7 @@ class Trainer:
         """Keep the parameters if this epoch is the best; without a held-out period the newest are the best."""
         self.state.epochs += 1
         score = held_out_ndcg(self.model, self.histories, self.plan)
+        score = None if score is None else agreed(score)
         self.state.scores.append(score if score is not None else 0.0)
         self.tell(f"held-out nDCG@{_CUTOFF} {self.state.scores[-1]:.4f}", self.state.epochs / self.plan.epochs)
         if score is None or score > max(self.state.scores[:-1], default=-1.0):
@@ -268,7 +296,7 @@ class Trainer:
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def _save(self) -> None:
-        if self.checkpoint is None or _rank() != 0:
+        if self.checkpoint is None or rank() != 0:
             return
         tensors = {_BEST + name: value for name, value in self.best.items()}
         tensors |= {_LAST + name: value for name, value in self.model.state_dict().items()}
@@ -308,7 +336,13 @@ class Trainer:
 
 
 def held_out_ndcg(model: SequenceModel, histories: Histories, plan: Plan) -> float | None:
-    """nDCG@10 of held-out targets among all items that their history doesn't hold; None without any.
+    """Mean of `held_out_gains`; None without any."""
+    gains = held_out_gains(model, histories, plan)
+    return float(gains.mean()) if len(gains) else None
+
+
+def held_out_gains(model: SequenceModel, histories: Histories, plan: Plan) -> Tensor:
+    """nDCG@10 of each held-out target among all items that its history doesn't hold, [Q].
 
     Of each task only the first held-out target counts, of at most `plan.validation_tasks` tasks.
     """
@@ -316,7 +350,7 @@ def held_out_ndcg(model: SequenceModel, histories: Histories, plan: Plan) -> flo
     held[:, 0] = False
     tasks = held.any(1).nonzero().squeeze(1)
     if not len(tasks):
-        return None
+        return torch.empty(0)
     generator = torch.Generator().manual_seed(plan.seed)
     tasks = tasks[torch.randperm(len(tasks), generator=generator)[: plan.validation_tasks]]
     at = held[tasks].to(torch.uint8).argmax(1)
@@ -333,13 +367,7 @@ def held_out_ndcg(model: SequenceModel, histories: Histories, plan: Plan) -> flo
         above.scatter_(1, seen, value=False)
         ranks = above.sum(1) + 1.0  # the target itself is not in `above` any more
         gains.append(torch.where(ranks <= _CUTOFF, 1.0 / torch.log2(1.0 + ranks), 0.0))
-    return float(torch.cat(gains).mean())
-
-
-def join_processes() -> None:
-    """Join the processes that torchrun started, over NCCL on GPUs and gloo without; nothing to do for one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.cat(gains)
 
 
 def _pace(share: float) -> float:
@@ -347,14 +375,6 @@ def _pace(share: float) -> float:
     if share < _WARM_UP:
         return max(share, 1e-3) / _WARM_UP
     return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1.0 - _WARM_UP))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _named(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

@@ -5,15 +5,19 @@
    that wasn't clicked says) are chosen one at a time, by hit@20 on one half of a sample of held-out clicks. For each
    candidate the prior is learned anew by EM.
 3. The release's metrics are measured on the other half of that sample.
-4. The ranker is taught on the held-out events, with that encoder and head: they have not seen what it has to foresee.
-5. Encoder and prior are learned once more, on all of the history, with what was chosen.
-6. Where there are purchases enough, the ad model is learned, calibrated and measured (`ads.teaching`).
+4. A sequence model is trained on the rest (`sequence_training`), and what followed what is counted.
+5. The ranker is taught on the held-out events, with what was learned before them: it has not seen what it has to
+   foresee. Whether it reads the sequence model is decided on the newest of them (`ranker.worth_of_sequences`).
+6. Encoder and prior are learned once more, on all of the history, with what was chosen; the sequence model goes on.
+7. Where there are purchases enough, the ad model is learned, calibrated and measured (`ads.teaching`); where there are
+   impressions, too, so are clicks on what is shown (`ads.click_teaching`).
 """
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,16 +26,23 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import SettingsError
+from innerloop.events import IMPRESSION
+from innerloop.learning.ads.click_teaching import learn_clicks
 from innerloop.learning.ads.teaching import learn_ads
+from innerloop.learning.candidates import PLAIN
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
 from innerloop.learning.episodes import Log, episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
 from innerloop.learning.heads.bayes import learn_prior
-from innerloop.learning.ranker import Ranker, learn_ranker
+from innerloop.learning.processes import agreed
+from innerloop.learning.ranker import Ranker, learn_ranker, worth_of_sequences
 from innerloop.learning.ranker_training import lessons
 from innerloop.learning.releases import Card, DataSummary, Release
 from innerloop.learning.scorer import Scorer
+from innerloop.learning.sequence_training import Recipe as SequenceRecipe
+from innerloop.learning.sequence_training import Taught, continue_learning, learn_sequences
 from innerloop.learning.stream_log import kind_weights, stream_of
+from innerloop.learning.transitions import Transitions
 
 Progress = Callable[[str, float], None]
 
@@ -42,6 +53,7 @@ _SAMPLE = 2_000
 _NEGATIVES = 128
 _MOMENTS, _LEAST_MOMENTS = 20_000, 100
 _RANKED_AT_ONCE = 128
+_SURE = 2.0  # standard errors by which lists must be better for a sequence model, which makes them slower
 _INF = float("inf")
 
 
@@ -54,6 +66,12 @@ class Settings(Protocol):
     def dimension(self) -> int: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def sequence(self) -> str: ...
+    @property
+    def sequence_episodes(self) -> bool: ...
+    @property
+    def sequence_positions(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -81,30 +99,59 @@ def train(
     weights: Mapping[str, float],
     capacity: int,
     version: int,
+    impressions: int = 32,
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> Release:
     """Learn a release from an event table; `weights` by event type and `capacity` are those of the support sets.
 
-    `progress` is called with what is being done and the share that is done. Raises SettingsError when the history is
-    too small or the method is unknown. The same history and seed give the same release on the same machine.
+    The table's impressions teach clicks on ads, as if `impressions` of each user were kept, and nothing else.
+
+    `progress` is called with what is being done and the share that is done. `checkpoint` names a directory from which
+    the training of the sequence model is resumed. Started by torchrun, after `processes.join_processes`, all processes
+    give the same history and share that training; the first one's release is the one to keep.
+
+    Raises SettingsError when the history is too small or the method is unknown. The same history and seed give the same
+    release on the same machine.
     """
     if settings.method not in _HEADS:
         raise SettingsError(f"learning.method is {settings.method}: choose one of {', '.join(_HEADS)}.")
     tell = progress or (lambda _what, _share: None)
+    shown, history = (
+        history.filter(kind) for kind in (pl.col("event_type") == IMPRESSION, pl.col("event_type") != IMPRESSION)
+    )
     lesson = _Lesson(history, settings, weights, capacity)
     tell("encoder on the earlier part", 0.0)
     choice, metrics, early = lesson.choose(tell)
+    early, taught, of_sequences = lesson.foresee(early, tell, checkpoint)
     ranker, of_lists = lesson.rank(early, tell)
     tell("encoder on everything", 0.9)
     log = lesson.log_of(history)
     encoder = with_popularity(lesson.encoder_of(log, history), log, choice.popularity_half_life)
     tell("prior", 0.95)
     head = lesson.teach(log, encoder.vectors, choice, _FINAL_TASKS)
+    sequence, transitions = None, None
+    if agreed(taught is not None and ranker is not None and len(ranker.mean) > PLAIN) and taught is not None:
+        recipe = lesson.recipe
+        sequence = continue_learning(
+            taught,
+            log,
+            encoder,
+            recipe,
+            tell=lambda _what, share: tell("sequences of everything", 0.95 + 0.02 * share),
+            checkpoint=checkpoint,
+        ).encoder(recipe)
+        transitions = Transitions.learn(log)
     tell("ads", 0.97)
     ads, of_ads = learn_ads(history, encoder, capacity=capacity, seed=settings.seed)
+    if ads is not None:
+        clicks, of_clicks = learn_clicks(
+            history, shown, encoder, capacities=(capacity, impressions), seed=settings.seed
+        )
+        ads, of_ads = replace(ads, clicks=clicks), of_ads | of_clicks
     tell("done", 1.0)
-    card = _card(history, settings, version, choice, metrics | of_lists | of_ads)
-    return Release(card=card, encoder=encoder, head=head, ranker=ranker, ads=ads)
+    card = _card(history, settings, version, choice, metrics | of_sequences | of_lists | of_ads)
+    return Release(card, encoder, head, ranker, ads, sequence, transitions)
 
 
 class _Lesson:
@@ -169,6 +216,42 @@ class _Lesson:
         )
         return choice, metrics | {"clicks": float(len(test))}, early_release
 
+    @property
+    def recipe(self) -> SequenceRecipe:
+        """How the sequence model is trained."""
+        kind = "pooled" if self.settings.sequence == "auto" else self.settings.sequence
+        return SequenceRecipe(
+            kind=kind,
+            dimension=self.settings.dimension,
+            capacity=self.capacity,
+            positions=self.settings.sequence_positions,
+            through_head=self.settings.sequence_episodes,
+            seed=self.settings.seed,
+        )
+
+    def foresee(
+        self, early: Release, tell: Progress, checkpoint: Path | None
+    ) -> tuple[Release, Taught | None, dict[str, float]]:
+        """Give the early release a sequence model of the same events, judged by what came after."""
+        few = self.history.height - early.card.data.events < _LEAST_MOMENTS  # there will be no ranker to read it
+        if self.settings.sequence == "off" or few:
+            return early, None, {}
+        log = self.log_of(self.history, early.item_ids)
+        cut = early.card.data.last_event_time
+        taught = learn_sequences(
+            log,
+            early.encoder,
+            self.recipe,
+            cut=cut,
+            tell=lambda _what, share: tell("sequences", 0.55 + 0.1 * share),
+            checkpoint=checkpoint,
+        )
+        if taught is None:
+            return early, None, {}
+        before = self.log_of(self.history.filter(pl.col("event_time") <= cut), early.item_ids)
+        early = replace(early, sequence=taught.encoder(self.recipe), transitions=Transitions.learn(before))
+        return early, taught, taught.metrics
+
     def rank(self, early: Release, tell: Progress) -> tuple[Ranker | None, dict[str, float]]:
         """Teach the ranker on a sample of the events after `early`, and measure it on the newest; None if too few."""
         log = stream_of(self.history, seed=self.settings.seed)
@@ -186,12 +269,22 @@ class _Lesson:
             weights,
             self.capacity,
             rng,
-            lambda share: tell("what came next", 0.6 + 0.2 * share),
+            lambda share: tell("what came next", 0.65 + 0.15 * share),
         )
-        if len(taught) < _LEAST_MOMENTS:
+        if len(taught) < _LEAST_MOMENTS or len(taught.plain().learnable()) < _LEAST_MOMENTS:
             return None, {}
-        ranker = learn_ranker(taught, seed=self.settings.seed, tell=lambda _, share: tell("ranker", 0.8 + 0.1 * share))
-        return ranker, {"list_moments": float(len(rows)), "list_candidate_recall": len(taught) / len(rows)}
+
+        def told(_what: str, share: float) -> None:
+            tell("ranker", 0.8 + 0.1 * share)
+
+        metrics = {"list_moments": float(len(rows))}
+        chosen = taught
+        if early.sequence is not None:
+            metrics["sequence_worth"] = worth_of_sequences(taught, seed=self.settings.seed)
+        if early.sequence is None or (self.settings.sequence == "auto" and metrics["sequence_worth"] < _SURE):
+            chosen = taught.plain().learnable()
+        metrics["list_candidate_recall"] = len(chosen) / len(rows)
+        return learn_ranker(chosen, seed=self.settings.seed, tell=told), metrics
 
     def _held_out_clicks(self, log: Log, cut: int) -> Tensor:
         """Rows after `cut` (epoch ms) of tasks that have an example by then, at most `_SAMPLE`, in random order."""
@@ -285,7 +378,7 @@ def _one_at_a_time(choice: Choice, quality: Callable[[Choice], float], tell: Pro
     best, done, total = quality(choice), 0, sum(map(len, _CANDIDATES.values()))
     for name, values in _CANDIDATES.items():
         for value in values:
-            tell("choosing on held-out clicks", 0.1 + 0.5 * done / total)
+            tell("choosing on held-out clicks", 0.1 + 0.45 * done / total)
             candidate, done = replace(choice, **{name: value}), done + 1
             if candidate != choice and (reached := quality(candidate)) > best:
                 best, choice = reached, candidate

@@ -6,6 +6,7 @@ counts as a negative an hour after it, until a purchase says otherwise. Probabil
 the data on the clicks since the training part whose labels have matured. Arms:
 
     default, bayes     what the user's events say of the item, everybody's rates, and the user's own weights
+    anil, cavia, maml, reptile   heads on what the user's own weights act on (`conversion_heads`)
     shared             the same with everybody's weights
     none               everybody's rates alone, weights fitted for just that
     placebo            another user's events
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation import conversion_baselines as baselines
+from innerloop.evaluation.conversion_heads import EPISODES, Clicks, teach
+from innerloop.evaluation.conversion_heads import logits as head_logits
 from innerloop.evaluation.conversion_log import read_log
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import log_loss, predicted_over_observed
@@ -71,6 +74,10 @@ def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_
     fitted = _fit(case, everybody, own, seed)
     tell("scoring", 0.6)
     logits = _ours(case, fitted, everybody, own, seed)
+    tell("heads", 0.7)
+    clicks = Clicks(log, case.histories, torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
+    heads = teach(clicks, case.train, case.labels[case.train], seed=seed)
+    logits |= head_logits(clicks, fitted.head, heads, case.asked)
     predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
     predictions["bayes"] = predictions["default"]
     tell("baselines", 0.8)
@@ -237,6 +244,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "variance of users' own weights": float(fitted.head.own_variances[0]),
             "log-loss by that variance": {str(key): round(value, 5) for key, value in fitted.losses.items()},
             "columns": own.shape[1],
+            "episodes of the heads at most": EPISODES,
         },
     )
 

@@ -5,11 +5,12 @@ training part (see sequence_course for what is learned from which). Test targets
 pessimistically. Whether items that a user has had before are ranked too follows from the data: they are left out where
 validation targets are hardly ever repeats. Published full rankings differ in this; SASRec's leaves them out.
 
-Arms: `default` aggregates all scorers and the Bayesian head (see sequence_aggregation). Each head is adapted around the
-history encoder's vector (see sequence_heads). `none` is the encoder with the Bayesian head's prior, not adapted.
-`placebo` is `default` given another user's history. Baselines: popularity, own recents, item-kNN with sequential
-rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained with many negatives, which
-is the history encoder by itself). There are no clocks here, so the arms stale-1h and stale-1d don't apply.
+Arms: `default` is what adapt serves, a release trained on everything before the test targets (see sequence_served);
+`none` is what it gives a user of whom nothing is known, `placebo` what it gives another user. Each head is adapted
+around the vector of a history encoder of this protocol's own (see sequence_heads). Baselines: popularity, own recents,
+item-kNN with sequential rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained
+with many negatives, which is the history encoder by itself). There are no clocks here, so the arms stale-1h and
+stale-1d don't apply.
 """
 
 import time
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from innerloop.config import LearningSettings
 from innerloop.evaluation.baselines.sequence_scorers import Scorer
 from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.sequence_course import Course, Options
-from innerloop.evaluation.sequence_heads import Unadapted
+from innerloop.evaluation.sequence_served import ServedSequences
 from innerloop.evaluation.sequences import Sequences, read_sequences
 
 BASELINES = frozenset({"popularity", "recents", "item-knn", "vsknn", "ials", "ease", "sasrec"})
@@ -33,17 +35,21 @@ _SIZES = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+
 def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) -> Outcome:
     """Judge every arm. Raises SettingsError for a file without usable sequences."""
     sequences = read_sequences(data, seed=seed)
-    course = Course(sequences, options or Options(), seed, tell)
+    course = Course(sequences, options or Options(), seed, lambda what, share: tell(what, 0.5 * share))
     course.learn()
+    settings = LearningSettings(seed=seed, sequence_positions=course.options.positions)
+    served = ServedSequences.learn(course.before, settings, lambda what, share: tell(what, 0.5 + 0.4 * share))
     users = np.flatnonzero(sequences.lengths > 1)
     histories, targets = course.before.take(users), sequences.take(users).last()
-    ranks = _ranks(course, histories, targets)
+    tell("test", 0.9)
+    ranks = _served(served, course, histories, targets) | _ranks(course, histories, targets)
     course.facts |= {
         "users": len(users),
         "users with one item, not tested": len(sequences) - len(users),
         "items": sequences.catalogue,
         "seconds": course.seconds,
-        "none": "the history encoder with the Bayesian head's prior, not adapted",
+        "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
+        "served by": served.scorer.method,
         "sasrec": "the history encoder by itself",
     }
     return Outcome(
@@ -51,40 +57,42 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
         baselines=BASELINES,
         means={arm: _metrics(found) for arm, found in ranks.items()},
         slices=_slices(histories.lengths),
+        release=f"{served.release.card.method}, trained on {served.release.card.data.events} events",
         facts=course.facts,
     )
 
 
-def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
-    """The rank of each target by arm; `placebo` ranks it by the list of the user who is next in a random circle."""
+def _served(served: ServedSequences, course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
+    """The rank of each target on the lists that adapt publishes; `placebo` is the list of a user drawn at random."""
     others = _other_users(len(targets), course.seed)
+    asked = {
+        "default": histories,
+        "none": histories.without_last(len(histories.items)),
+        "placebo": histories.take(others),
+    }
+    return {
+        arm: served.ranks(known, targets, longest=max(_CUTOFFS), repeats=course.repeats) for arm, known in asked.items()
+    }
+
+
+def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
+    """The rank of each target by every other arm."""
     found: dict[str, list[Ints]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     for rows in course.parts(histories):
-        course.tell("test", 0.85 + 0.15 * rows[0] / len(targets))
         some = histories.take(rows)
-        scores = course.describer.scores(some)
-        candidates = course.describer.candidates(scores, some.lengths)
-        for arm, wanted in (("default", targets[rows]), ("placebo", targets[others[rows]])):
-            found[arm].append(course.aggregation.ranks(candidates, wanted, course.sequences.catalogue))
         for arm, scorer in _arms(course).items():
             began = time.monotonic()
-            known = scores[arm] if arm in scores else scorer.scores(some)
-            found[arm].append(course.ranks(known, some, targets[rows]))
+            found[arm].append(course.ranks(scorer.scores(some), some, targets[rows]))
             seconds[arm] += time.monotonic() - began
-    course.facts["seconds of scoring and ranking beyond the default"] = {arm: round(s, 1) for arm, s in seconds.items()}
-    ranks = {arm: np.concatenate(parts) for arm, parts in found.items()}
-    placebo = np.empty_like(ranks["placebo"])
-    placebo[others] = ranks["placebo"]
-    return ranks | {"placebo": placebo}
+    course.facts["seconds of scoring and ranking"] = {arm: round(s, 1) for arm, s in seconds.items()}
+    return {arm: np.concatenate(parts) for arm, parts in found.items()}
 
 
 def _arms(course: Course) -> dict[str, Scorer]:
     baselines = {name: scorer for name, scorer in course.scorers.items() if name in BASELINES}
     sasrec: dict[str, Scorer] = {"sasrec": course.encoded} if course.options.encoder == "attention" else {}
-    bayes = course.heads.get("bayes")
-    none: Scorer = Unadapted(bayes.encoded, bayes.head, bayes.gain) if bayes else course.encoded
-    return {**course.heads, "none": none, **baselines, **sasrec}
+    return {**course.heads, **baselines, **sasrec}
 
 
 def _other_users(count: int, seed: int) -> Ints:

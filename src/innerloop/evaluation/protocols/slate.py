@@ -4,6 +4,7 @@ The first part of the log (by time) trains; every later choice is scored and the
 fitted again whenever the lists learned from have grown by a quarter. Arms:
 
     default, bayes     the user's own actions as features, and the user's own weights from earlier lists
+    anil, cavia, maml, reptile   heads on what the user's own weights act on, taught once (`slate_heads`)
     shared             the user's own actions as features, everybody's weights
     none               nothing of the user: position, price and popularity alone, weights fitted for just that
     placebo            actions and lists of another user
@@ -32,6 +33,7 @@ from innerloop.evaluation.slate_features import (
     features,
     price_ranks,
 )
+from innerloop.evaluation.slate_heads import EPISODES, LISTS, HeadArms, teach
 from innerloop.evaluation.slate_log import SlateLog, read_log
 from innerloop.evaluation.slate_replay import DAY, HOUR, Choice, Replay, is_choice, until
 from innerloop.learning.ads.choosers import Chooser, Seen
@@ -64,6 +66,7 @@ def run(data: Path, *, seed: int, tell: Tell, train_share: float = 0.5) -> Outco
     learner = _Learner(layout)
     scored: list[Choice] = []
     scores: dict[str, list[Floats]] = {}
+    arms: HeadArms | None = None
     replay = Replay(log, seed)
     for choice in replay.choices():
         tell("ranking" if choice.row >= earlier else "training", choice.row / len(log))
@@ -73,7 +76,12 @@ def run(data: Path, *, seed: int, tell: Tell, train_share: float = 0.5) -> Outco
                 _ours(learner, choice, replay.population) | _baselines(choice, replay.population)
             ).items():
                 scores.setdefault(arm, []).append(score)
+            arms = arms or HeadArms(teach(learner.seen, learner.users, layout.groups, learner.own, seed=seed))
+            _ask(arms, learner, choice, replay.population)
         learner.learn(choice, features(layout, choice.slate, choice.history, replay.population))
+    if arms is not None:
+        arms.answer()
+        scores |= arms.scores
     return _outcome(log, scored, scores, learner, {"train_share": train_share, "trained_on": int(rows[:earlier].sum())})
 
 
@@ -89,12 +97,16 @@ class _Learner:
     due: int = 0
     fits: int = 0
 
+    @property
+    def own(self) -> Ints:
+        """The columns that users have own weights for."""
+        return np.flatnonzero(np.isin([name for name, width in self.layout.blocks for _ in range(width)], _OWN))
+
     def fit(self) -> tuple[Chooser, Chooser]:
         """The ranker, and the one that knows nothing of users, fitted again first when that is due."""
         if self.fitted is None or len(self.seen) >= self.due:
             layout, before = self.layout, self.fitted or (None, None)
-            names = [name for name, width in layout.blocks for _ in range(width)]
-            own = np.flatnonzero(np.isin(names, _OWN))
+            own = self.own
             seen, users = self.seen[-_MOST_LISTS:], self.users[-_MOST_LISTS:]
             kept = layout.of_nobody
             nobody = [replace(one, features=one.features[:, kept]) for one in seen]
@@ -140,6 +152,14 @@ def _ours(learner: _Learner, choice: Choice, population: Population) -> dict[str
         "stale-1h": adapted(until(choice.history, now - HOUR), choice.user, now - HOUR),
         "stale-1d": adapted(until(choice.history, now - DAY), choice.user, now - DAY),
     }
+
+
+def _ask(arms: HeadArms, learner: _Learner, choice: Choice, population: Population) -> None:
+    """Ask the heads as `default` is asked."""
+    chooser, now = learner.fit()[0], choice.slate.time
+    known = features(learner.layout, choice.slate, choice.history, population)
+    lists = [chooser.own(one) for one in learner.lists(choice.user, now)[-LISTS:]]
+    arms.ask(chooser.own(Seen(known, 0, now)).features, lists)
 
 
 def _baselines(choice: Choice, population: Population) -> dict[str, Floats]:
@@ -191,6 +211,8 @@ def _outcome(
             "fits": learner.fits,
             "kinds": [log.action_names[kind] for kind in learner.layout.kinds],
             "variance of users' own weights": chooser.variance,
+            "lists in a head's support set at most": LISTS,
+            "episodes of the heads at most": EPISODES,
             "gauc": "each list weighs as many as it has items",
         },
     )

@@ -212,16 +212,25 @@ def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
     parts = []
     for first in range(0, len(asked), _ROWS_AT_ONCE):
         some = slice(first, first + _ROWS_AT_ONCE)
-        places, when = windows.places[some], windows.ends[some][:, None]
-        numbers = rows[places]
-        positive = log.attribution.converted_at[places] < when
-        mask = windows.mask[some] & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
-        order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
-        own = support[torch.from_numpy(np.maximum(np.take_along_axis(numbers, order, 1), 0))]
-        labels, weights = (torch.from_numpy(np.take_along_axis(of, order, 1)) for of in (positive, mask))
-        theirs = head.adapt(own, labels, weights)
+        numbers, *known = known_clicks(log, rows, Windows(windows.places[some], windows.mask[some], windows.ends[some]))
+        labels, weights = (torch.from_numpy(of) for of in known)
+        theirs = head.adapt(support[torch.from_numpy(numbers)], labels, weights)
         parts.append((asked[some] * theirs).sum(1).numpy())
     return np.concatenate(parts)
+
+
+def known_clicks(log: ConversionLog, rows: Ints, windows: Windows) -> tuple[Ints, Bools, Bools]:
+    """The newest clicks of each window that have a label strictly before its end, [M, at most OWN_CLICKS] each.
+
+    Which row of `rows` [N] each is (0 where there is none), whether it had converted, and which are there.
+    """
+    places, when = windows.places, windows.ends[:, None]
+    numbers = rows[places]
+    positive = log.attribution.converted_at[places] < when
+    mask = windows.mask & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
+    order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
+    numbers, positive, mask = (np.take_along_axis(of, order, 1) for of in (numbers, positive, mask))
+    return np.maximum(numbers, 0), positive, mask
 
 
 def rows_of(log: ConversionLog, at: Ints) -> Ints:
