@@ -57,7 +57,7 @@ PAUSES = Counter("innerloop_pauses", "Times a batch waited for the database or t
 PARTITIONS = Gauge("innerloop_partitions", "Partitions that this process owns")
 LAST_TURN = Gauge("innerloop_last_turn_timestamp_seconds", "When the loop last turned (epoch)")
 
-# --- quality, by arm (adapted, hold_out), of the newest closed window
+# --- quality, by arm (adapted, hold_out, placebo), of the newest closed window
 
 QUALITY_HIT_RATE = Gauge("innerloop_quality_hit_rate", "Share of clicks that were among the first k", ["arm", "k"])
 QUALITY_MRR = Gauge("innerloop_quality_mrr", "Mean reciprocal rank of clicks among the first k", ["arm", "k"])
