@@ -3,13 +3,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation import taught_heads
+from innerloop.evaluation.conversion_heads import Clicks
 from innerloop.evaluation.conversion_log import read_log
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import auc, calibration_error
 from innerloop.evaluation.protocols import conversion
 from innerloop.evaluation.scoreboard import rows
+from innerloop.learning.ads.ad_head import OWN_CLICKS
 from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, population
 
 _START, _HOUR, _DAY = 1_750_000_000_000, 3_600_000, 86_400_000
@@ -41,9 +45,15 @@ def file(tmp_path: Path) -> Path:
 def _tell(_what: str, _share: float) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taught_heads, "STEPS", 4)
+
+
 def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
+    assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
     assert found.baselines == {"global-rate", "item-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
     assert found.labels.mean() > 0.05
@@ -156,3 +166,22 @@ def test_statistics_sorted_once_are_those_sorted_each_time() -> None:
             given = labels, predicted, rng.integers(0, 3, len(predicted)).astype(float)
             assert ours[0](*given) == pytest.approx(auc(*given), abs=1e-12)
             assert ours[1](*given) == pytest.approx(calibration_error(*given), abs=1e-12)
+
+
+def test_a_heads_examples_are_the_users_newest_clicks_with_the_labels_known_strictly_before(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    clicks = Clicks(log, Histories(log), torch.zeros(len(log.clicks), 1))
+    names = torch.arange(len(log.clicks)).float().unsqueeze(1)  # a feature that tells which click it is
+    asked = np.arange(5, len(log.clicks), 7)
+    found = clicks.support(names, asked)
+    assert 0 < found.labels[found.mask].mean() < 1
+    for row, click in enumerate(asked):
+        at = log.clicks[click]
+        now, expected = log.times[at], []
+        for number, place in enumerate(log.clicks):
+            bought = log.attribution.converted_at[place] < now
+            if log.users[place] == log.users[at] and log.times[place] < now:
+                expected += [(number, bought)] if bought or log.times[place] + _HOUR < now else []
+        there = found.mask[row]
+        pairs = zip(found.features[row, there, 0].tolist(), found.labels[row, there].tolist(), strict=True)
+        assert [(int(n), bool(y)) for n, y in pairs] == expected[::-1][:OWN_CLICKS]

@@ -3,13 +3,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation import taught_heads
 from innerloop.evaluation.protocols import slate
 from innerloop.evaluation.scoreboard import rows
 from innerloop.evaluation.slate_features import Action, Layout, Population, Slate, features, price_ranks
+from innerloop.evaluation.slate_heads import LISTS, HeadArms, support, teach
 from innerloop.evaluation.slate_log import read_log
 from innerloop.evaluation.slate_replay import Replay
+from innerloop.learning.ads.choosers import Chooser, Seen
 
 _START = 1_750_000_000_000
 
@@ -50,9 +54,15 @@ def file(tmp_path: Path) -> Path:
 def _tell(_what: str, _share: float) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taught_heads, "STEPS", 4)
+
+
 def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
     found = slate.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
+    assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
     assert found.baselines <= set(found.arms)
     assert len(found.users) == 60
     for arm in found.arms:
@@ -180,3 +190,46 @@ def test_unknown_prices_rank_in_the_middle() -> None:
 def test_gauc_weighs_lists_by_size_and_leaves_out_single_items() -> None:
     assert slate.weighted_mean(np.array([2.0, 6.0]), np.array([0.0, 1.0]), np.ones(2)) == 0.75
     assert np.isnan(slate.weighted_mean(np.zeros(1), np.zeros(1), np.ones(1)))
+
+
+def _seen(rng: np.random.Generator, count: int, size: int = 4) -> list[Seen]:
+    widths = rng.integers(2, 7, count)
+    return [
+        Seen(rng.normal(size=(width, size)).astype(np.float32), int(rng.integers(width)), at)
+        for at, width in enumerate(widths)
+    ]
+
+
+def test_a_heads_examples_are_the_newest_lists_candidates_and_both_labels_weigh_the_same() -> None:
+    lists = _seen(np.random.default_rng(0), LISTS + 2)
+    found = support([lists, []], 4)
+    kept = lists[2:]
+    assert found.mask.sum(1).tolist() == [sum(len(one.features) for one in kept), 0]
+    start = 0
+    for one in kept:
+        rows = slice(start, start + len(one.features))
+        start = rows.stop
+        labels, weights = found.labels[0, rows].numpy(), found.weights[0, rows].numpy()
+        assert np.flatnonzero(labels).tolist() == [one.chosen]
+        assert weights[labels == 1].sum() == pytest.approx(weights[labels == 0].sum())
+        np.testing.assert_allclose(found.features[0, rows].numpy(), one.features - one.features.mean(0), rtol=1e-6)
+
+
+def test_a_head_answers_one_by_one_as_all_at_once_and_without_lists_by_its_prior() -> None:
+    rng = np.random.default_rng(1)
+    seen, columns = _seen(rng, 60, 6), np.array([1, 3, 4])
+    heads = teach(seen, rng.integers(8, size=60).tolist(), np.zeros(6, np.int64), columns, seed=0)
+    chooser = Chooser(np.ones(6), np.ones(6), columns, 1.0)
+    own = [chooser.own(one) for one in seen]
+    together, alone = HeadArms(heads), HeadArms(heads)
+    for at in range(7):
+        for arms in (together, alone):
+            arms.ask(own[at].features, own[20 : 20 + at])
+        alone.answer()
+    together.answer()
+    for name, head in heads.items():
+        for ours, theirs in zip(together.scores[name], alone.scores[name], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+        centred = torch.from_numpy(own[0].features - own[0].features.mean(0))
+        prior = head.score(head.prior[None], centred[None])[0].numpy()
+        np.testing.assert_allclose(together.scores[name][0], prior, rtol=1e-5, atol=1e-6, err_msg=name)

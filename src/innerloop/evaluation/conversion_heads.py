@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from innerloop.evaluation.outcome import Floats, Ints
+from innerloop.evaluation.taught_heads import earlier_part, taught
 from innerloop.learning.ads.ad_head import AdHead
 from innerloop.learning.ads.click_log import ConversionLog, Histories, known_clicks, rows_of
-from innerloop.learning.heads import META_TRAIN, BayesHead, Episodes, Head, NoneHead, Recipe, Support
+from innerloop.learning.heads import Episodes, Head, Support
 
-HEADS = tuple(name for name in META_TRAIN if name not in {BayesHead.name, NoneHead.name})
-"""Heads that learn by episodes; the closed form is the default."""
 EPISODES = 4_000
 """So many clicks, drawn at random, are episodes at most."""
-_HELD_OUT = 0.3
 _AT_ONCE = 2048
 
 
@@ -50,7 +48,7 @@ class Clicks:
 
 def teach(clicks: Clicks, train: Ints, labels: Floats, *, seed: int) -> dict[str, Head]:
     """Meta-train every head on the last of the clicks `train`, given the `labels` of these."""
-    cut = max(1, int((1 - _HELD_OUT) * len(train)))
+    cut = earlier_part(len(train))
     known, answers = torch.from_numpy(train), torch.from_numpy(labels)
     everybody = AdHead.fit(clicks.columns[known[:cut]], answers[:cut], seed=seed)
     features = everybody.own_features(clicks.columns).float()
@@ -63,8 +61,7 @@ def teach(clicks: Clicks, train: Ints, labels: Floats, *, seed: int) -> dict[str
         labels=answers[asked].float().unsqueeze(1),
         loss="logistic",
     )
-    recipe = Recipe(seed=seed, likelihood="logistic", start=everybody.own_mean.float())
-    return {name: META_TRAIN[name](episodes, recipe) for name in HEADS}
+    return taught(episodes, everybody.own_mean.float(), seed=seed)
 
 
 def logits(clicks: Clicks, everybody: AdHead, heads: dict[str, Head], asked: Ints) -> dict[str, Floats]:

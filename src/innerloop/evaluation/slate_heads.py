@@ -13,15 +13,13 @@ import numpy as np
 import torch
 
 from innerloop.evaluation.outcome import Floats, Ints
+from innerloop.evaluation.taught_heads import earlier_part, taught
 from innerloop.learning.ads.choice import fit_shared
 from innerloop.learning.ads.choosers import Chooser, Features, Seen, padded
-from innerloop.learning.heads import META_TRAIN, BayesHead, Episodes, Head, NoneHead, Recipe, Support
+from innerloop.learning.heads import Episodes, Head, Support
 
-HEADS = tuple(name for name in META_TRAIN if name not in {BayesHead.name, NoneHead.name})
-"""Heads that learn by episodes; the closed form is the default."""
 LISTS, EPISODES = 5, 2_000
 """So many of a user's newest lists are the support set, and so many training lists are episodes, at most."""
-_HELD_OUT = 0.3
 _AT_ONCE = 256
 
 
@@ -51,12 +49,12 @@ def _examples(one: Seen) -> Features:
 
 
 def _centred(features: Features) -> Features:
-    return features - features.mean(0)
+    return np.asarray(features - features.mean(0), np.float32)
 
 
 def teach(seen: Sequence[Seen], users: Sequence[int], groups: Ints, columns: Ints, *, seed: int) -> dict[str, Head]:
     """Meta-train every head on lists in order of time and whose they are; as `Chooser.fit`."""
-    cut = max(1, int((1 - _HELD_OUT) * len(seen)))
+    cut = earlier_part(len(seen))
     shared, precision = fit_shared(padded(seen[:cut]), groups)
     everybody = Chooser(shared, precision, columns, 1.0)
     earlier: dict[int, list[Seen]] = {}
@@ -77,8 +75,7 @@ def teach(seen: Sequence[Seen], users: Sequence[int], groups: Ints, columns: Int
         mask=torch.from_numpy(queries.mask),
         loss="softmax",
     )
-    recipe = Recipe(seed=seed, likelihood="logistic", start=mean)
-    return {name: META_TRAIN[name](episodes, recipe) for name in HEADS}
+    return taught(episodes, mean, seed=seed)
 
 
 @dataclass

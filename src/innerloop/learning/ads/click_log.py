@@ -229,8 +229,8 @@ def known_clicks(log: ConversionLog, rows: Ints, windows: Windows) -> tuple[Ints
     positive = log.attribution.converted_at[places] < when
     mask = windows.mask & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
     order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
-    numbers, positive, mask = (np.take_along_axis(of, order, 1) for of in (numbers, positive, mask))
-    return np.maximum(numbers, 0), positive, mask
+    numbers = np.maximum(np.take_along_axis(numbers, order, 1), 0)
+    return numbers, np.take_along_axis(positive, order, 1), np.take_along_axis(mask, order, 1)
 
 
 def rows_of(log: ConversionLog, at: Ints) -> Ints:
