@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from psycopg2.extras import execute_values
 from sqlalchemy import Connection, Row, text
@@ -108,7 +108,9 @@ def erase(connection: Connection, requested: Mapping[str, int]) -> dict[str, Era
     return known
 
 
-def _delete(connection: Connection, table: str, users: list[str]) -> dict[str, Row[Any]]:
+def _delete(
+    connection: Connection, table: Literal["support_sets", "impressions"], users: list[str]
+) -> dict[str, Row[Any]]:
     """Hold the row of every user and delete it; what it was: of who had none nothing, with version 1."""
     connection.execute(text(_HOLD.format(table)), {"users": users})
     return {row.user_id: row for row in connection.execute(text(_DELETE.format(table)), {"users": users})}

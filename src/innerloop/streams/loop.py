@@ -164,6 +164,11 @@ class Loop:
             return True
         if error.code() in _MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
+        if error.code() in _FORBIDDEN:
+            raise StopError(
+                f"Kafka does not let this user read {message.topic() or 'the topics'} in group {self._group} "
+                f"({error.str()}): give it the ACLs that deploy/OPERATIONS.md lists."
+            )
         if error.fatal():
             raise StopError(f"The broker has shut this consumer out: {error.str()}.")
         _LOG.warning("consumer error", error=error.str())
@@ -389,6 +394,7 @@ class Loop:
         return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
 
 
+_FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 
 
