@@ -33,6 +33,7 @@ from .demo_table import Tick, table, tick_line
 from .pool import Pool
 from .processes import stop_on_signals
 from .replay import Pace, encode_events
+from .scrape import answers
 from .services import running_services
 from .train import train_release
 from .watched_process import free_ports, require_free
@@ -129,6 +130,7 @@ class _Demo:
     ) -> None:
         self._settings, self._engine, self._workers, self._folder = settings, engine, workers, folder
         self._page = _page_port(settings) if page else None
+        self._probes: list[str] = []
         self._subscriber = Subscriber(settings, unadapted_list(release, settings.adapt.top))
         self._producer = EventProducer(settings)
         self._before = self._accounts()
@@ -174,6 +176,10 @@ class _Demo:
         members.append(["quality"])
         ports = free_ports(len(members) + 1)
         os.environ["INNERLOOP_CONSOLE__TARGETS"] = json.dumps([f"127.0.0.1:{port}" for port in ports[:-1]])
+        self._probes = [
+            f"http://127.0.0.1:{ports[-2]}/readyz",
+            f"http://{self._settings.console.host}:{self._page}/livez",
+        ]
         for name, seconds in _WINDOWS.items():
             os.environ.setdefault(f"INNERLOOP_QUALITY__{name}", seconds)
         return Pool([*members, ["console", "--port", str(self._page)]], log, ports=ports)
@@ -182,10 +188,16 @@ class _Demo:
         return "" if self._page is None else f": look at http://{self._settings.console.host}:{self._page}/"
 
     def _wait_for_members(self, pool: Pool) -> None:
-        """Wait until both groups own all their partitions: the clock of latency should not run before."""
+        """Wait until both groups own all their partitions, and quality and the page answer.
+
+        The clock of latency should not run while processes start.
+        """
         groups = {self._settings.kafka.ingest_group: 1, self._settings.kafka.adapt_group: self._workers}
         until = time.monotonic() + 60
-        while not all(self._assigned(group) >= members for group, members in groups.items()):
+        while not (
+            all(self._assigned(group) >= members for group, members in groups.items())
+            and all(map(answers, self._probes))
+        ):
             if pool.look() or time.monotonic() > until:
                 raise ServiceError(f"The workers did not start: {self._folder / 'workers.log'} says why.")
             time.sleep(0.1)

@@ -44,6 +44,15 @@ def _addresses(target: str) -> list[str]:
     return sorted({f"[{a[4][0]}]:{port}" if a[0] == socket.AF_INET6 else f"{a[4][0]}:{port}" for a in found})
 
 
+def answers(url: str) -> bool:
+    """Whether a probe is green."""
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310 - http, and our own
+            return bool(answer.status == 200)  # noqa: PLR2004 - OK
+    except OSError:
+        return False
+
+
 def _scrape(target: str) -> Scraped:
     try:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=_SECONDS) as answer:

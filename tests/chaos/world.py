@@ -14,7 +14,7 @@ from psycopg2.extensions import connection as Connection  # noqa: N812 - it is a
 
 from innerloop.config import Settings
 from innerloop.evaluation.judge import LedgerWrite
-from innerloop.learning.candidates import FEATURES
+from innerloop.learning.candidates import PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead
 from innerloop.learning.ranker import Ranker
@@ -113,6 +113,6 @@ def random_release(count: int, *, ranked: bool) -> Release:
     if not ranked:
         return Release(card, encoder, head)
     torch.manual_seed(0)
-    ranker = Ranker.new(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)))
+    ranker = Ranker.new(torch.zeros(PLAIN), torch.ones(PLAIN))
     ranker.network.requires_grad_(requires_grad=False)
     return replace(Release(card, encoder, head), ranker=ranker)

@@ -31,7 +31,7 @@ from innerloop.config import AdaptSettings, KafkaSettings, LearningSettings, Set
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.evaluation.shop import Process, Shop
 from innerloop.holdout import in_hold_out
-from innerloop.learning.candidates import FEATURES
+from innerloop.learning.candidates import PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead
 from innerloop.learning.ranker import Ranker
@@ -413,7 +413,7 @@ def _tell(world: World, names: Sequence[str], before: Sequence[str] = ()) -> Non
 
 def _by_popularity() -> Ranker:
     """A ranker that goes by the live share of events alone."""
-    ranker = Ranker.new(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)))
+    ranker = Ranker.new(torch.zeros(PLAIN), torch.ones(PLAIN))
     with torch.no_grad():
         for layer in ranker.network:
             if isinstance(layer, torch.nn.Linear):
