@@ -1,11 +1,21 @@
 """The installed command, as a user runs it."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 INNERLOOP = Path(sys.executable).with_name("innerloop")
+_NOT_A_USERS = ("INNERLOOP_", "PYTEST_")
+
+
+def outer_environment() -> dict[str, str]:
+    """This process's environment as a user's would be: no settings, and nothing that says it is a test.
+
+    The web framework of the console looks for the latter, and does not start where it finds it.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_A_USERS)}
 
 
 @dataclass

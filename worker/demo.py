@@ -40,6 +40,7 @@ from .watched_process import free_ports, require_free
 
 _DRAIN_SECONDS = 120.0
 _TICK_SECONDS = 1.0
+_WORKERS_LOG, _LOG_LINES = "workers.log", 20
 _WINDOWS = {"WINDOW_SECONDS": "600", "GRACE_SECONDS": "60", "IDLE_SECONDS": "3"}
 """Of `innerloop quality`: a replay is some tens of times faster than life, and windows are by the events' own time."""
 
@@ -170,7 +171,7 @@ class _Demo:
     def _pool(self) -> Pool:
         threads = str(max(1, (os.cpu_count() or 1) // self._workers))
         adapts = [["adapt", "--member", "cpu", "--threads", threads] for _ in range(self._workers)]
-        members, log = [["ingest"], *adapts], self._folder / "workers.log"
+        members, log = [["ingest"], *adapts], self._folder / _WORKERS_LOG
         if self._page is None:
             return Pool(members, log)
         members.append(["quality"])
@@ -199,8 +200,13 @@ class _Demo:
             and all(map(answers, self._probes))
         ):
             if pool.look() or time.monotonic() > until:
-                raise ServiceError(f"The workers did not start: {self._folder / 'workers.log'} says why.")
+                raise ServiceError(f"The workers did not start. The end of their log:\n{self._end_of_log()}")
             time.sleep(0.1)
+
+    def _end_of_log(self) -> str:
+        """Quoted, since the folder it lies in may be gone when this is read."""
+        text = (self._folder / _WORKERS_LOG).read_text(errors="replace")
+        return "\n".join(text.splitlines()[-_LOG_LINES:])
 
     def _assigned(self, group: str) -> int:
         from innerloop.streams.groups import members_with_partitions  # noqa: PLC0415

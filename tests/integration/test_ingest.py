@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import xxhash
 from confluent_kafka import Message, Producer, TopicPartition
+from shell import outer_environment
 from sqlalchemy import text
 
 from innerloop import ingest as ingest_module
@@ -953,8 +953,7 @@ def command(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         "SUPPORT": settings.support.model_dump_json(),
         "INGEST": settings.ingest.model_dump_json(),
     }
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("INNERLOOP_")}
-    variables = clean | {f"INNERLOOP_{name}": value for name, value in mine.items()}
+    variables = outer_environment() | {f"INNERLOOP_{name}": value for name, value in mine.items()}
     program = [sys.executable, "-m", "innerloop.worker", "ingest"]
     process = subprocess.Popen(program, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:

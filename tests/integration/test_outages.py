@@ -16,6 +16,7 @@ from typing import Any, Self
 import psutil
 import pytest
 from confluent_kafka import KafkaException, TopicPartition
+from shell import outer_environment
 from structlog.testing import capture_logs
 from test_ingest import (
     Member,
@@ -104,12 +105,11 @@ class Worker:
             "SUPPORT": settings.support.model_dump_json(),
             "INGEST": settings.ingest.model_dump_json(),
         }
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("INNERLOOP_")}
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "innerloop.worker", "ingest", *options],
-                env=clean | {f"INNERLOOP_{name}": value for name, value in mine.items()},
+                env=outer_environment() | {f"INNERLOOP_{name}": value for name, value in mine.items()},
                 stdout=file,
                 stderr=file,
             )

@@ -2,7 +2,6 @@
 wrong when it may not; no secret ever leaves it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from secured import (
     secured_kafka,
     secured_postgres,
 )
-from shell import Result, Shell
+from shell import Result, Shell, outer_environment
 
 from innerloop.client import newest
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings
@@ -84,10 +83,9 @@ def secured() -> Iterator[Secured]:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    outer = {name: value for name, value in os.environ.items() if not name.startswith("INNERLOOP_")}
     properties = {name: value.get_secret_value() for name, value in settings.kafka.properties.items()}
     return {
-        **outer,
+        **outer_environment(),
         "COLUMNS": "1000",
         "INNERLOOP_KAFKA": json.dumps({**settings.kafka.model_dump(), "properties": properties}),
         "INNERLOOP_DATABASE__URL": settings.database.url.get_secret_value(),

@@ -1,11 +1,10 @@
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from shell import Shell
+from shell import Shell, outer_environment
 
 from innerloop.config import Settings
 
@@ -22,9 +21,8 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def _shell(folder: Path, variables: Mapping[str, str]) -> Iterator[Shell]:
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("INNERLOOP_", "PYTEST_"))}
-    # No process may find out that it is tested. Wide enough that no sentence is broken into lines.
-    shell = Shell(folder, {**outer, "COLUMNS": "1000", **variables})
+    # Wide enough that no sentence is broken into lines.
+    shell = Shell(folder, {**outer_environment(), "COLUMNS": "1000", **variables})
     yield shell
     shell.close()
 

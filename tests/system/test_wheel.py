@@ -1,7 +1,6 @@
 """The wheel, not the tree: built, installed into an environment of its own, and run from an empty directory."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from shell import outer_environment
 
 from innerloop.evaluation.shop import Shop
 
@@ -66,7 +66,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("INNERLOOP_", "PYTHON"))}
+    environment = {name: value for name, value in outer_environment().items() if not name.startswith("PYTHON")}
     return subprocess.run(
         arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
     )
