@@ -82,8 +82,8 @@ class Bench:
         self.sequence = asked.sequence
         self.release = random_release(asked.items, settings.learning.dimension)
         engine = connect(settings.database)
-        self.sets = _random_sets(asked.users, asked.examples, asked.items)
-        _fill(engine, self.users, self.sets, self.release, folder)
+        self.sets = random_sets(asked.users, asked.examples, asked.items)
+        fill(engine, self.users, self.sets, self.release, folder)
         self.kept = Kept()
         unused: Any = Mock()
         publisher: Any = self.kept
@@ -206,7 +206,7 @@ def _measure(report: Report, bench: Bench, asked: argparse.Namespace, top: int) 
     report.add_median("adapt.score_only", bench.rate(bench.score_only(top)), _UNIT, f"top {top} of {asked.items:,}")
 
 
-def _random_sets(users: int, examples: int, catalogue: int) -> SupportSets:
+def random_sets(users: int, examples: int, catalogue: int) -> SupportSets:
     """Sets of `examples` clicks each; item numbers from 1 on, as the database gives them."""
     rng = np.random.default_rng(0)
     flat = np.empty(users * examples, EXAMPLE)
@@ -234,7 +234,7 @@ def _part(sets: SupportSets, first: int) -> SupportSets:
     return SupportSets(starts - starts[0], sets.examples[starts[0] : starts[-1]])
 
 
-def _fill(engine: Engine, users: list[str], sets: SupportSets, release: Release, folder: Path) -> None:
+def fill(engine: Engine, users: list[str], sets: SupportSets, release: Release, folder: Path) -> None:
     """Put users, items (numbered in the release's order) and the release into the database."""
     location = save(release, folder)
     names = text("INSERT INTO items (item_id) SELECT 'item-' || n FROM generate_series(0, :last) AS n ORDER BY n")

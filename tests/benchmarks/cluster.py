@@ -105,6 +105,12 @@ class Cluster:
                 values.append(str((cursor.fetchone() or ("?",))[0]))
         return f"{values[0]} (fsync {values[1]}, synchronous_commit {values[2]})"
 
+    def log_position(self) -> int:
+        """Bytes that the server has written to its log since it was made."""
+        with _connected(make_url(self.server_url)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+            return int((cursor.fetchone() or (0,))[0])
+
     def kafka_version(self) -> str:
         """Of our own broker; an outside one doesn't tell."""
         return "not ours" if load_settings().kafka.bootstrap_servers else chosen_version()

@@ -32,6 +32,7 @@ from pathlib import Path
 import psutil
 from clicks import Clicks, Stored, send
 from cluster import Cluster, command, ledger, running_cluster, seen
+from costs import Costs, costs
 from ingest_limits import kafka_limit, postgres_limit, stored
 from ingest_peers import SCRIPTS, measure
 from machine import CONSOLE, Report, describe, options
@@ -44,10 +45,15 @@ _PARTS = ("innerloop", "limits", *SCRIPTS)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run of the product: events per second, peak memory in MB, who owned the topic at the end, what it stored."""
+class Run:
+    """One run of the product.
+
+    Events per second, processor time of it, peak memory in MB, how many processes owned the topic at the end, what was
+    stored.
+    """
 
     rate: float
+    used: Costs
     rss_mb: float
     owners: int
     stored: Stored
@@ -106,7 +112,7 @@ def _innerloop(report: Report, cluster: Cluster, clicks: Clicks, asked: argparse
     expected = clicks.expected(load_settings().support.capacity)
     peak = 0.0
     for processes, suffix in ((asked.processes, ""), (1, "_1process")):
-        runs = [_run(cluster, clicks, processes) for _ in range(asked.repeats)]
+        runs = [run(cluster, clicks, processes) for _ in range(asked.repeats)]
         peak = max(peak, *(run.rss_mb for run in runs))
         name = f"ingest.innerloop{suffix}"
         if wrong := _wrong([run.stored for run in runs], expected):
@@ -124,7 +130,7 @@ def _wrong(found: Sequence[Stored], expected: Stored) -> str:
     return next((f"stored {each}, the oracle says {expected}" for each in found if each != expected), "")
 
 
-def _run(cluster: Cluster, clicks: Clicks, processes: int) -> _Run:
+def run(cluster: Cluster, clicks: Clicks, processes: int) -> Run:
     """One run over all records, from an empty database; see the module for what is timed."""
     name = f"innerloop-{uuid.uuid4().hex[:8]}"
     log = cluster.folder / f"{name}.log"
@@ -139,11 +145,12 @@ def _run(cluster: Cluster, clicks: Clicks, processes: int) -> _Run:
         connection = database.open()
         cursor = connection.cursor()
         with command(["ingest", "--processes", str(processes)], environment, log) as process:
-            began = seen(process, log, lambda: ledger(cursor, topic, "count(*)") > 0)
+            began, before = seen(process, log, lambda: ledger(cursor, topic, "count(*)") > 0), costs(process.pid)
             ended = seen(process, log, lambda: ledger(cursor, topic, "coalesce(sum(next_offset), 0)") >= len(clicks))
+            used = costs(process.pid) - before
             owners, peak = ledger(cursor, topic, "count(DISTINCT owner)"), _peak_mb(process)
         connection.close()
-        return _Run(len(clicks) / (ended - began), peak, owners, stored(settings))
+        return Run(len(clicks) / (ended - began), used, peak, owners, stored(settings))
 
 
 def _peak_mb(process: "subprocess.Popen[bytes]") -> float:
