@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psycopg2
 from confluent_kafka import TopicPartition
@@ -31,6 +32,7 @@ from innerloop.streams import clients
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.kafka_jars import cache_folder, chosen_version
 from innerloop.worker.kafka_server import find_java
+from innerloop.worker.postgres_server import PostgresServer
 from innerloop.worker.services import running_services
 
 _IMAGE_SECONDS = 120.0
@@ -122,10 +124,37 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(*, kafka: bool = True) -> Iterator[Cluster]:
-    """Start what is not set, once the start-up image is there, and make the topics; or the database alone."""
+def running_cluster(*, kafka: bool = True, postgres: Mapping[str, str] = MappingProxyType({})) -> Iterator[Cluster]:
+    """Start what is not set, once the start-up image is there, and make the topics; or the database alone.
+
+    `postgres` are options of a server of our own.
+    """
     logging.getLogger("librdkafka").setLevel(logging.ERROR)
     settings = load_settings()
+    if postgres and not settings.database.url.get_secret_value():
+        with _tuned(postgres) as url:
+            settings = load_settings(database={"url": url})
+            with _running(settings, kafka=kafka) as cluster:
+                yield cluster
+    else:
+        with _running(settings, kafka=kafka) as cluster:
+            yield cluster
+
+
+@contextmanager
+def _tuned(options: Mapping[str, str]) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="innerloop-bench-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)  # PostgreSQL runs as another user when we are root
+        server = PostgresServer(Path(folder) / "postgres", temporary=True, options=options)
+        server.start()
+        try:
+            yield server.url
+        finally:
+            server.stop()
+
+
+@contextmanager
+def _running(settings: Settings, *, kafka: bool) -> Iterator[Cluster]:
     if kafka:
         _make_image_first()
     else:
