@@ -27,7 +27,7 @@ from innerloop import metrics
 from innerloop.activity import ActivityLog
 from innerloop.config import Settings
 from innerloop.erasure import Suppression, decode_erasures, past_and_base
-from innerloop.errors import DeadLetterError, RetryError, StopError
+from innerloop.errors import BreakerError, DeadLetterError, RetryError
 from innerloop.events import CODES, IMPRESSION, Event, EventType, decode_many
 from innerloop.impressions import Impressions, Shown, Written
 from innerloop.scores import AdaptationRequest
@@ -414,7 +414,7 @@ class _Breaker:
         self._first = ""
 
     def saw(self, records: int, bad: Sequence[_Bad]) -> None:
-        """Count a batch; raises StopError before anything of it is dead-lettered."""
+        """Count a batch; raises BreakerError before anything of it is dead-lettered."""
         self._records += records
         self._bad += len(bad)
         if bad and not self._first:
@@ -423,7 +423,7 @@ class _Breaker:
         if self._records >= self._window:
             if 2 * self._bad > self._records:
                 metrics.BREAKER_STOPS.inc()
-                raise StopError(
+                raise BreakerError(
                     f"{self._bad} of the last {self._records} records are bad, the first is {self._first}: stopped"
                     " before dead-lettering a whole topic. Correct the producer, or raise ingest.breaker_window to let"
                     " them through, and start again."

@@ -12,6 +12,7 @@ from shell import Shell
 from innerloop.config import Settings
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
+from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.watched_process import free_ports
@@ -75,6 +76,30 @@ def test_a_stuck_loop_turns_red_tells_its_stacks_and_recovers(shell: Shell, sett
     assert shell.errors(ingest).count("Current thread") == 1, "once"
 
 
+def test_who_was_stopped_by_the_breaker_shows_it_for_a_while_and_leaves_at_once_when_told_to(
+    shell: Shell, settings: Settings, wait_for: Wait
+) -> None:
+    ensure_topics(settings)
+    producer = EventProducer(settings)
+    for number in range(40):
+        producer.send(f"u{number}", "click", b"a producer gone wrong")
+    producer.finish()
+    variables = {"INNERLOOP_INGEST__BREAKER_WINDOW": "10"}
+    (port,) = free_ports(1)
+    lingering = shell.start("ingest", INNERLOOP_HTTP__PORT=str(port), **variables, INNERLOOP_HTTP__LINGER_SECONDS="600")
+    wait_for(lambda: sample(get(port, "/metrics")[1], "innerloop_breaker_stops_total") == 1)
+    wait_for(lambda: "are bad, the first is" in get(port, "/livez")[1])
+    code, why = get(port, "/readyz")
+    assert (code, get(port, "/livez")) == (503, (200, why)), "it lives on purpose: nobody is to kill it"
+    assert members_with_partitions(settings.kafka, settings.kafka.ingest_group) == 0, "it has left its group"
+    lingering.terminate()
+    left = shell.finish(lingering, 15)
+    assert left.code == 1
+    assert "are bad, the first is" in left.err.splitlines()[-1]
+    unseen = shell.finish(shell.start("ingest", **variables, INNERLOOP_HTTP__LINGER_SECONDS="600"))
+    assert unseen.code == 1, "without a listener there is nothing to stay for"
+
+
 def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
     shell: Shell, settings: Settings, wait_for: Wait
 ) -> None:
@@ -82,7 +107,7 @@ def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
     port = pair_of_ports()
     shell.start("ingest", "--processes", "2", INNERLOOP_HTTP__PORT=str(port))
     for member in (port, port + 1):
-        wait_for(lambda member=member: get(member, "/readyz")[0] == 200)
+        wait_for(lambda member=member: get(member, "/readyz")[0] == 200, 90)
 
     def shown() -> dict[tuple[str, int], float]:
         texts = [get(member, "/metrics")[1] for member in (port, port + 1)]
