@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from innerloop.config import Settings, load_settings
+from innerloop.config import HttpSettings, Settings, load_settings
 from innerloop.errors import InnerloopError, StopError
 
 from . import dlq, evaluate
@@ -97,7 +97,7 @@ def ingest(
     """Store events as support sets and ask for adaptation, until SIGTERM."""
     settings = _settings("ingest")
     if processes > 1:
-        _run_pool([["ingest", *_flag(accept_gap=accept_gap)]] * processes, settings.http.port)
+        _run_pool([["ingest", *_flag(accept_gap=accept_gap)]] * processes, settings.http)
     from .processes import run_ingest  # noqa: PLC0415
 
     run_ingest(settings, accept_gap=accept_gap)
@@ -121,7 +121,7 @@ def adapt(
                 ["adapt", "--member", share.device, "--threads", str(share.threads), *_flag(accept_gap=accept_gap)]
                 for share in shares(devices, processes)
             ],
-            settings.http.port,
+            settings.http,
         )
     from .processes import run_adapt  # noqa: PLC0415
 
@@ -132,13 +132,13 @@ def _flag(*, accept_gap: bool) -> list[str]:
     return ["--accept-gap"] if accept_gap else []
 
 
-def _run_pool(commands: list[list[str]], http_port: int) -> None:
+def _run_pool(commands: list[list[str]], http: HttpSettings) -> None:
     from .pool import Pool  # noqa: PLC0415
     from .processes import stop_on_signals  # noqa: PLC0415
 
     stopping = stop_on_signals()
-    ports = range(http_port, http_port + len(commands)) if http_port else ()
-    sys.exit(Pool(commands, ports=ports).run(stopping))
+    ports = range(http.port, http.port + len(commands)) if http.port else ()
+    sys.exit(Pool(commands, ports=ports, host=http.host).run(stopping))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -27,13 +27,20 @@ class _Quiet(WSGIRequestHandler):
 
 @contextmanager
 def listening(settings: HttpSettings, health: Health) -> Iterator[int]:
-    """Answer on the port set while the context lasts, and give that port; 0 is no listener at all.
+    """Watch the loop while the context lasts, answer on the port set, and give that port; 0 is no listener at all.
 
     Raises SettingsError when the port is taken or the host is not ours.
     """
-    if not settings.port:
-        yield 0
-        return
+    health.watch()  # with or without a listener: the stacks of a loop that is stuck are for the log
+    try:
+        with _answering(settings, health) if settings.port else nullcontext():
+            yield settings.port
+    finally:
+        health.stop()
+
+
+@contextmanager
+def _answering(settings: HttpSettings, health: Health) -> Iterator[None]:
     try:
         server = make_server(settings.host, settings.port, _application(health), ThreadingWSGIServer, _Quiet)
     except OSError as error:
@@ -43,11 +50,9 @@ def listening(settings: HttpSettings, health: Health) -> Iterator[int]:
         ) from None
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     _LOG.info("listens", metrics=f"http://{settings.host}:{settings.port}/metrics")
-    health.watch()
     try:
-        yield settings.port
+        yield
     finally:
-        health.stop()
         server.shutdown()
         server.server_close()
 

@@ -4,14 +4,12 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-import structlog
-
 from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.streams.lag import LagReader, PartitionLag
+from innerloop.streams.waiting import Waiting
 
-_LOG = structlog.get_logger(__name__)
 _EVERY_SECONDS = 2.0
 
 Partition = tuple[str, int]
@@ -47,14 +45,18 @@ def gpu_gauges(device: str) -> list[Look]:
     """What there is to look at on this device: nothing on a CPU."""
     if not device.startswith("cuda"):
         return []
-    from innerloop.learning.devices import gpu_use  # noqa: PLC0415 - torch
+    from innerloop.learning import devices  # noqa: PLC0415 - torch
 
-    def look(_: LagReader) -> None:
-        memory, busy = gpu_use(device)
-        metrics.GPU_MEMORY.labels(device).set(memory)
-        metrics.GPU_BUSY.labels(device).set(busy)
+    # Two, for the driver may refuse the one. Read before shown: a label that is asked for stands at 0.
+    def memory(_: LagReader) -> None:
+        found = devices.gpu_memory(device)
+        metrics.GPU_MEMORY.labels(device).set(found)
 
-    return [look]
+    def busy(_: LagReader) -> None:
+        found = devices.gpu_busy(device)
+        metrics.GPU_BUSY.labels(device).set(found)
+
+    return [memory, busy]
 
 
 @contextmanager
@@ -77,10 +79,15 @@ def measured(settings: Settings, *gauges: Look) -> Iterator[None]:
 
 
 def _measure(settings: Settings, gauges: Sequence[Look], stopped: threading.Event) -> None:
+    waits = [(look, Waiting("gauge not known")) for look in gauges]
     with LagReader(settings) as reader:
         while not stopped.wait(_EVERY_SECONDS):
-            try:
-                for look in gauges:
+            for look, wait in waits:
+                try:
                     look(reader)
-            except ServiceError as error:
-                _LOG.warning("lag not known", why=str(error))
+                except ServiceError as error:
+                    wait.goes_on(str(error))
+                except Exception as error:  # noqa: BLE001 - what one gauge meets must not end the others
+                    wait.goes_on(repr(error))
+                else:
+                    wait.ends()

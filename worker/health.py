@@ -51,11 +51,18 @@ class Health:
         self._loop, self._stuck_after, self._clock = loop, stuck_after_seconds, clock
         self._stacks = stacks or sys.stderr
         self._dumped = False
+        self._over: str | None = None
         self._stopped = threading.Event()
+
+    def over(self, why: str) -> None:
+        """The loop has ended, on purpose: nothing is stuck, and nothing is ready any more."""
+        self._over = why
 
     @property
     def live(self) -> Verdict:
         """Red when the loop has not turned for `stuck_after_seconds`."""
+        if self._over is not None:
+            return Verdict(good=True, why=f"Stopped: {self._over}")
         seconds = self._clock() - self._loop.turned_at
         if seconds > self._stuck_after:
             return Verdict(good=False, why=f"The loop has not turned for {seconds:.0f} s; its stacks are in the log.")
@@ -63,10 +70,10 @@ class Health:
 
     @property
     def ready(self) -> Verdict:
-        """Red before the group has given partitions (the model is warm by then), and while the loop is stuck."""
+        """Red until the group has given partitions (the model is warm by then), while the loop is stuck, and after."""
         live = self.live
-        if not live.good:
-            return live
+        if not live.good or self._over is not None:
+            return Verdict(good=False, why=live.why)
         if not self._loop.joined:
             return Verdict(good=False, why="The consumer group has not given this process its partitions yet.")
         return Verdict(good=True, why="In its group, and warm.")

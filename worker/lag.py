@@ -1,4 +1,4 @@
-"""`innerloop lag`: how far both groups are behind, and what that means, for people or, with --json, for programs."""
+"""`innerloop lag`: how far the groups are behind, and what that means, for people or, with --json, for programs."""
 
 import math
 import sys
@@ -21,13 +21,13 @@ _STYLES = {"ok": "green", "warning": "yellow", "stalled": "red", "stopped": "red
 
 
 def show_lag(settings: Settings, *, as_json: bool = False) -> int:
-    """Print the lag of ingest over the events and of adapt over the requests, and return the exit code.
+    """Print the lag of ingest, of adapt, and of quality where it exists, and return the exit code.
 
-    Where somebody lags both are looked at for five seconds: one look can't tell a pause from a standstill.
+    Where somebody lags all are looked at for five seconds: one look can't tell a pause from a standstill.
     Raises ServiceError when no broker answers or a topic does not exist.
     """
     with LagReader(settings) as reader:
-        watch = LagWatch(settings, reader)
+        watch = LagWatch(settings, reader, quality=True)
         groups = watch.look()
         looks = 1
         while looks < WINDOW_LOOKS and any(group.status in {"warning", "stalled"} for group in groups):
@@ -45,7 +45,7 @@ def show_lag(settings: Settings, *, as_json: bool = False) -> int:
 def watch_lag(settings: Settings) -> None:
     """Show the same once a second until Ctrl-C."""
     with LagReader(settings) as reader, Live(console=Console(), auto_refresh=False) as live:
-        watch = LagWatch(settings, reader)
+        watch = LagWatch(settings, reader, quality=True)
         while True:
             live.update(_shown(watch.look()), refresh=True)
             time.sleep(_WATCH_SECONDS)
@@ -87,7 +87,8 @@ def _sentence(group: GroupLag) -> Text:
 def _outlook(group: GroupLag) -> str:
     if group.offsets == 0:
         return "nothing waits."
-    behind = f"{group.offsets:,} records wait, the oldest for {group.seconds:,.1f} s"
+    age = "nobody knows how long" if math.isnan(group.seconds) else f"the oldest for {group.seconds:,.1f} s"
+    behind = f"{group.offsets:,} records wait, {age}"
     if math.isinf(group.catch_up_seconds):
         return f"{behind}; at this pace they are never caught up with."
     return f"{behind}; caught up in {group.catch_up_seconds:,.0f} s at this pace."

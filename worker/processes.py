@@ -3,11 +3,14 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import structlog
+
 from innerloop.config import Settings
-from innerloop.errors import ServiceError
+from innerloop.errors import BreakerError, ServiceError
 from innerloop.store.database import connect, require_tables
 from innerloop.store.ledger import Ledger
 from innerloop.streams.clients import require_broker
@@ -20,6 +23,9 @@ from .endpoint import listening
 from .gauges import LagGauges, gpu_gauges, measured
 from .health import Health
 from .pool import MEMBER, SUPERVISED
+
+_LOG = structlog.get_logger(__name__)
+_LOOK_SECONDS = 0.1
 
 
 def stop_on_signals() -> Callable[[], bool]:
@@ -67,7 +73,7 @@ def run_ingest(settings: Settings, *, accept_gap: bool = False) -> None:
             accept_gap=accept_gap,
             instance=_instance(settings),
         )
-        _run(settings, loop, settings.kafka.ingest_group, topics.ingested)
+        _run(settings, loop, settings.kafka.ingest_group, topics.ingested, stopping=stopping)
     engine.dispose()
 
 
@@ -101,7 +107,7 @@ def run_adapt(settings: Settings, device: str, threads: int = 0, *, accept_gap: 
             instance=_instance(settings),
         )
         try:
-            _run(settings, loop, settings.kafka.adapt_group, [topics.requests], device)
+            _run(settings, loop, settings.kafka.adapt_group, [topics.requests], stopping=stopping, device=device)
         finally:
             watch.close()
             engine.dispose()
@@ -113,12 +119,33 @@ def _instance(settings: Settings) -> str | None:
     return f"{prefix}-{os.environ.get(MEMBER, '0')}" if prefix else None
 
 
-def _run(settings: Settings, loop: Loop, group: str, topics: Sequence[str], device: str = "cpu") -> None:
-    """Run the loop, and show how it does while it runs."""
+def _run(
+    settings: Settings,
+    loop: Loop,
+    group: str,
+    topics: Sequence[str],
+    *,
+    stopping: Callable[[], bool],
+    device: str = "cpu",
+) -> None:
+    """Run the loop, and show how it does while it runs; and that the breaker has stopped it, for a while longer."""
     lag = LagGauges(group, topics, lambda: loop.owned)
     health = Health(loop, settings.http.stuck_after_seconds)
-    with listening(settings.http, health), measured(settings, lag.look, *gpu_gauges(device)):
-        loop.run()
+    with listening(settings.http, health) as port, measured(settings, lag.look, *gpu_gauges(device)):
+        try:
+            loop.run()
+        except BreakerError as error:
+            health.over(str(error))
+            if port:
+                _linger(settings.http.linger_seconds, stopping, str(error))
+            raise
+
+
+def _linger(seconds: float, stopping: Callable[[], bool], why: str) -> None:
+    _LOG.error("stopped, and shows it before it leaves", why=why, for_seconds=seconds)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not stopping():
+        time.sleep(_LOOK_SECONDS)
 
 
 def _require_equal_partitions(settings: Settings, names: list[str]) -> None:

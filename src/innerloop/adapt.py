@@ -119,21 +119,22 @@ class Adapt:
             self._refresh()
         self._strangers.update(self._watch.strangers(self._epochs))
         if self._strangers:
+            self._adapt(self._strangers)
             metrics.REPAIRS.inc(len(self._strangers))
             _LOG.warning("strangers' records answered", users=len(self._strangers))
-            self._adapt(self._strangers)
             self._strangers = {}
         self._watch.commit()
 
     def handle(self, batch: Batch) -> None:
         """Adapt and publish every user asked for. Raises RetryError and StopError."""
         self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
-        metrics.BATCH_SIZE.observe(len(batch))
         requests, erased, appended = self._newest(batch)
-        metrics.REQUESTS.labels("polled").inc(len(batch))
-        metrics.REQUESTS.labels("coalesced").inc(len(batch) - len(requests))
         with self._traces.spans("innerloop.adapt", batch.trace_parents, len(batch)) as spans:
             self._adapt(requests, erased, spans)
+        # Only now: a batch that is tried again counts once.
+        metrics.BATCH_SIZE.observe(len(batch))
+        metrics.REQUESTS.labels("polled").inc(len(batch))
+        metrics.REQUESTS.labels("coalesced").inc(len(batch) - len(requests))
         now = time.time()
         for milliseconds in appended:  # those that were coalesced, too: the list published answers all of them
             metrics.EVENT_TO_SCORE.observe(max(0.0, now - milliseconds / 1000))
@@ -168,7 +169,7 @@ class Adapt:
         began = time.monotonic()
         users, sets, versions = self._read(list(partitions))
         self._bury({*erased, *partitions.keys() - set(users)}, partitions)
-        share = self._settings.quality.hold_out
+        share, sent = self._settings.quality.hold_out, 0
         for first in range(0, len(users), _TASKS_AT_ONCE):
             some = slice(first, min(first + _TASKS_AT_ONCE, len(users)))
             chunk = SupportSets(
@@ -176,9 +177,11 @@ class Adapt:
                 sets.examples[sets.starts[some.start] : sets.starts[some.stop]],
             )
             scored = self._score(chunk, [in_hold_out(user, share) for user in users[some]], self._shown_to(users[some]))
-            self._publish(users[some], chunk, versions[some], scored, partitions, spans=spans)
+            sent += self._publish(users[some], chunk, versions[some], scored, partitions, spans=spans)
         with metrics.STEP_SECONDS.labels("publish").time():
             self._publisher.flush(_FLUSH_SECONDS)
+        metrics.SCORES.labels("recommendations").inc(sent)
+        metrics.SCORES.labels("ads").inc(sent if self._scorer.catalogue.ad_ids else 0)
         metrics.ADAPTED.inc(len(users))
         metrics.ADAPTATION_SECONDS.inc(time.monotonic() - began)
 
@@ -244,12 +247,13 @@ class Adapt:
         partitions: Mapping[str, int],
         *,
         spans: Spans = NOT_TRACED,
-    ) -> None:
+    ) -> int:
+        """Send the lists; of how many users."""
         catalogue, topics, encode = self._scorer.catalogue, self._settings.topics, self._encode
         version, method = catalogue.release.version, self._scorer.method
         names, ad_ids = catalogue.item_ids, catalogue.ad_ids
         headers = {partition: owner_headers(epoch) for partition, epoch in self._epochs.items()}
-        now = int(time.time() * 1000)
+        now, sent = int(time.time() * 1000), 0
         facts = zip(users, versions.tolist(), sets.sizes.tolist(), sets.newest.tolist(), strict=True)
         with metrics.STEP_SECONDS.labels("encode").time():
             for row, (user, support_version, size, newest) in enumerate(facts):
@@ -276,8 +280,8 @@ class Adapt:
                 if ad_ids:
                     record = encode(AdScores(model="ads", ads=scored.ads[row], kind=self._scorer.ads_kind, **common))
                     self._publisher.send(topics.ads, user, record, headers=mark, partition=partition)
-        metrics.SCORES.labels("recommendations").inc(len(users))
-        metrics.SCORES.labels("ads").inc(len(users) if ad_ids else 0)
+                sent += 1
+        return sent
 
     def _bury(self, users: Iterable[str], partitions: Mapping[str, int]) -> None:
         """A tombstone on every score topic for who was erased or has no set: what was computed of it must not stay."""

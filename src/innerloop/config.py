@@ -158,6 +158,9 @@ class HttpSettings(_Section):
     """0 for no listener. Several processes of one command take this port and those after it."""
     stuck_after_seconds: Seconds = 60.0
     """A loop that has not turned for so long dumps all stacks once, and /livez turns red."""
+    linger_seconds: Annotated[float, Field(ge=0)] = 15.0
+    """So long a process that the breaker has stopped still shows its metrics, or nobody would ever read that it did;
+    several times the interval of whoever reads them. A signal ends it at once."""
 
 
 class QualitySettings(_Section):

@@ -6,6 +6,7 @@ InnerloopError
 └── StopError        going on would be wrong: leave with one sentence that says what to do
     ├── SettingsError   a setting, a file or a release is wrong (exit code 2)
     ├── ServiceError    a broker, database, topic or table is missing at the start (exit code 3)
+    ├── BreakerError    most records are bad, so it is not the records (exit code 1)
     └── FencedError     another process owns this partition now (exit code 4)
 """
 
@@ -52,6 +53,10 @@ class ServiceError(StopError):
     """A broker, database, topic or table that must be there at the start is not."""
 
     exit_code = 3
+
+
+class BreakerError(StopError):
+    """Most records are bad: then the code is wrong, theirs or ours, and nothing more is dead-lettered."""
 
 
 class FencedError(StopError):

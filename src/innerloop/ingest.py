@@ -27,7 +27,7 @@ from innerloop import metrics
 from innerloop.activity import ActivityLog
 from innerloop.config import Settings
 from innerloop.erasure import Suppression, decode_erasures, past_and_base
-from innerloop.errors import DeadLetterError, RetryError, StopError
+from innerloop.errors import BreakerError, DeadLetterError, RetryError
 from innerloop.events import CODES, IMPRESSION, Event, EventType, decode_many
 from innerloop.impressions import Impressions, Shown, Written
 from innerloop.scores import AdaptationRequest
@@ -140,7 +140,6 @@ class Ingest:
         self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
         if self._unsure:
             self._ledger.reload()
-        metrics.BATCH_SIZE.observe(len(batch))
         latest = started + int(self._settings.ingest.max_ahead_seconds * 1000)
         events, erasing = self._parted(batch)
         answers: list[_Answer] = []
@@ -153,7 +152,6 @@ class Ingest:
             for answer in answers:
                 self._request(answer, started, max(0, batch.appended_ms), spans)
             for record, error in bad:
-                metrics.DEAD_LETTERS.labels(error.reason).inc()
                 send_dead_letter(
                     self._publisher,
                     self._settings.topics.dead_letters,
@@ -162,8 +160,7 @@ class Ingest:
                     group=self._settings.kafka.ingest_group,
                 )
             self._publisher.flush(_FLUSH_SECONDS)
-        metrics.EVENTS.labels("dead_letter").inc(len(bad))
-        metrics.EVENTS.labels("replayed").inc(sum(answer.replayed for answer in answers))
+        _count_done(batch, answers, bad)
 
     def _take_in(self, batch: Batch, latest: int, bad: list[_Bad], *, whole: Batch) -> _Answer:
         """Steps 1 and 2 for events; what can't be decoded is added to `bad`."""
@@ -249,7 +246,7 @@ class Ingest:
         examples = self._examples(columns)
         work = _Work(_Users.of(did), examples, {ad: int(examples["item"][at]) for ad, at in columns.ads.items()})
         if not seen or not self._impressions.capacity:
-            metrics.EVENTS.labels("dropped").inc(len(seen))
+            work.dropped = len(seen)
             return work
         columns, users = _Columns.of(seen), _Users.of(seen)
         examples = self._examples(columns)
@@ -302,6 +299,7 @@ class Ingest:
         self._cache.put(names, written, versions[changed] + 1)
         self._count(merged, len(positions))
         metrics.EVENTS.labels("suppressed").inc(len(examples) - len(counting))
+        metrics.EVENTS.labels("dropped").inc(work.dropped)
         if shown is not None and work.shown is not None:
             what, kept = shown
             self._impressions.written(what)
@@ -361,7 +359,6 @@ class Ingest:
         for user, version, time_ms in zip(answer.users, answer.versions, answer.newest, strict=True):
             request = encode(AdaptationRequest(user, version, time_ms, started, appended, answer.erased))
             send(topic, user, request, headers=spans.headers(user))
-        metrics.REQUESTS.labels("sent").inc(len(answer.users))
 
 
 @dataclass
@@ -372,6 +369,8 @@ class _Work:
     examples: Examples
     ads: dict[str, int]
     shown: Shown | None = None
+    dropped: int = 0
+    """Impressions that nobody keeps."""
 
     @property
     def names(self) -> list[str]:
@@ -415,7 +414,7 @@ class _Breaker:
         self._first = ""
 
     def saw(self, records: int, bad: Sequence[_Bad]) -> None:
-        """Count a batch; raises StopError before anything of it is dead-lettered."""
+        """Count a batch; raises BreakerError before anything of it is dead-lettered."""
         self._records += records
         self._bad += len(bad)
         if bad and not self._first:
@@ -424,13 +423,23 @@ class _Breaker:
         if self._records >= self._window:
             if 2 * self._bad > self._records:
                 metrics.BREAKER_STOPS.inc()
-                raise StopError(
+                raise BreakerError(
                     f"{self._bad} of the last {self._records} records are bad, the first is {self._first}: stopped"
                     " before dead-lettering a whole topic. Correct the producer, or raise ingest.breaker_window to let"
                     " them through, and start again."
                 )
             self._records = self._bad = 0
             self._first = ""
+
+
+def _count_done(batch: Batch, answers: Sequence[_Answer], bad: Sequence[_Bad]) -> None:
+    """Count a batch that is done: one that is tried again counts once."""
+    metrics.BATCH_SIZE.observe(len(batch))
+    metrics.REQUESTS.labels("sent").inc(sum(len(answer.users) for answer in answers))
+    metrics.EVENTS.labels("replayed").inc(sum(answer.replayed for answer in answers))
+    metrics.EVENTS.labels("dead_letter").inc(len(bad))
+    for _, error in bad:
+        metrics.DEAD_LETTERS.labels(error.reason).inc()
 
 
 def _earlier(committed: int | None, stored: int | None) -> int | None:

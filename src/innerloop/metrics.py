@@ -37,12 +37,14 @@ EVENT_TO_SCORE = Histogram(
 # --- how far behind, by committed offsets, as any tool outside sees it
 
 LAG_OFFSETS = Gauge("innerloop_lag_offsets", "Offsets of the partition that are not yet committed", _WHERE)
-LAG_SECONDS = Gauge("innerloop_lag_seconds", "Age of the oldest record of the partition that is not committed", _WHERE)
+# Of a request the age of the event behind it; 0 while no record waits, whatever offsets marks of transactions have.
+LAG_SECONDS = Gauge("innerloop_lag_seconds", "Age of the oldest event of the partition that is not committed", _WHERE)
 
 # --- where the time goes
 
 # Seconds in each step of a batch: poll, decode, database, merge, publish, read, trends, solve, score (the head over the
-# catalogue), candidates, rank, ads, encode; wait is time paused for the database or the broker.
+# catalogue), sequence (the sequence model over the histories), candidates, rank, ads, encode; wait is time paused for
+# the database or the broker.
 STEP_SECONDS = Histogram("innerloop_step_seconds", "Time of one step of one batch", ["step"], buckets=_STEPS)
 BATCH_SIZE = Histogram("innerloop_batch_records", "Records in one batch", buckets=tuple(4**n for n in range(10)))
 GPU_MEMORY = Gauge("innerloop_gpu_memory_bytes", "Memory that this process holds on its GPU", ["device"])
@@ -53,7 +55,7 @@ GPU_BUSY = Gauge("innerloop_gpu_busy_ratio", "Share of the last second in which 
 MODEL_VERSION = Gauge("innerloop_model_version", "Version of the release in use")
 CONFLICTS = Counter("innerloop_support_conflicts", "Batches merged again because a user had another writer")
 REBALANCES = Counter("innerloop_rebalances", "Rebalance callbacks, by kind: assigned, revoked, lost", ["kind"])
-PAUSES = Counter("innerloop_pauses", "Times a batch waited for the database or the broker")
+PAUSES = Counter("innerloop_pauses", "Tries that ended in a wait for the database or the broker")
 PARTITIONS = Gauge("innerloop_partitions", "Partitions that this process owns")
 LAST_TURN = Gauge("innerloop_last_turn_timestamp_seconds", "When the loop last turned (epoch)")
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from confluent_kafka import Message, TopicPartition, murmur2
+from counters import counted, counted_since
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -42,7 +43,7 @@ from innerloop.store import activity, items, support_sets
 from innerloop.store.database import Database, connect, transaction
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
-from innerloop.streams.publisher import Headers
+from innerloop.streams.publisher import Headers, Publisher
 from innerloop.streams.topics import ensure_topics
 from innerloop.streams.watch import OWNER_HEADER
 from innerloop.support import EXAMPLE, SupportSets
@@ -261,6 +262,50 @@ def with_adapt(settings: Settings, **values: Any) -> Settings:
 def with_properties(settings: Settings, **values: str) -> Settings:
     kafka = KafkaSettings.model_validate({**settings.kafka.model_dump(), "properties": values})
     return settings.model_copy(update={"kafka": kafka})
+
+
+# --- what is counted
+
+
+def test_a_batch_that_is_tried_again_counts_once_and_its_latency_runs_from_the_event(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [f"u{number}" for number in range(20)]
+    for user in users:
+        world.give(user, [("i1", 1.0, 5)])
+    world.show_ads({"ad-1": "i1"})
+    producer, appended = clients.producer(world.settings.kafka), int(time.time() * 1000) - 40_000
+    for user in [*users, *users[:5]]:
+        request = AdaptationRequest(user, 1, NOW, NOW, appended)
+        producer.produce(world.settings.topics.requests, msgspec.json.encode(request), user, partition=0)
+    assert producer.flush(10) == 0
+    flush, failed = Publisher.flush, threading.Event()
+
+    def fails_once(publisher: Publisher, seconds: float) -> None:
+        flush(publisher, seconds)
+        if seconds > 0 and not failed.is_set():
+            failed.set()
+            raise RetryError("says the test")
+
+    monkeypatch.setattr(Publisher, "flush", fails_once)
+    before = counted()
+    with running(world.settings) as member:
+        wait_for(lambda: member.error or counted_since(before)["innerloop_event_to_score_seconds_count"] == 25)
+    found = counted_since(before)
+    wanted = {
+        "innerloop_batch_records_sum": 25,
+        "innerloop_requests_total step=polled": 25,
+        "innerloop_requests_total step=coalesced": 5,
+        "innerloop_tasks_adapted_total": 20,
+        "innerloop_scores_total model=recommendations": 20,
+        "innerloop_scores_total model=ads": 20,
+    }
+    assert failed.is_set()
+    assert {name: found[name] for name in wanted} == wanted
+    assert 40 <= found["innerloop_event_to_score_seconds_sum"] / 25 < 80
+    assert found["innerloop_event_to_score_seconds_bucket le=30.0"] == 0
+    for step in ("poll", "read", "trends", "solve", "score", "encode", "publish", "wait"):
+        assert found[f"innerloop_step_seconds_count step={step}"] > 0, step
 
 
 # --- what is computed

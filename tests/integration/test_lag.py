@@ -1,15 +1,24 @@
 import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import msgspec
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
+from prometheus_client import REGISTRY
 
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
-from innerloop.streams import clients
+from innerloop.scores import AdaptationRequest
+from innerloop.streams import clients, groups
 from innerloop.streams.lag import LagReader, PartitionLag, group_lag
 from innerloop.streams.topics import ensure_topics
+from innerloop.worker import lag_watch
+from innerloop.worker.gauges import LagGauges
 from innerloop.worker.lag import show_lag
+from innerloop.worker.lag_watch import LagWatch
 
 
 def write(settings: Settings, topic: str, partition: int, ages: list[float]) -> None:
@@ -85,17 +94,102 @@ def test_a_commit_beyond_the_end_is_no_negative_lag(made: Settings) -> None:
     assert (lag.offsets, lag.seconds) == (0, 0.0)
 
 
-def test_marks_of_transactions_are_no_age(made: Settings) -> None:
-    topic = made.topics.requests
-    producer = clients.producer(made.kafka, transactional_id=f"{topic}.test")
+@contextmanager
+def transaction(settings: Settings, topic: str) -> Iterator[Producer]:
+    """What is written inside is followed by a mark, and is to be read when the block has ended."""
+    producer = clients.producer(settings.kafka, transactional_id=f"{topic}.test")
     producer.init_transactions(30)
     producer.begin_transaction()
-    producer.produce(topic, b"{}", partition=0, timestamp=int((time.time() - 80) * 1000))
+    yield producer
     producer.commit_transaction(30)
-    commit(made, made.kafka.adapt_group, topic, {0: 1})
-    lag = by_partition(group_lag(made, made.kafka.adapt_group, [topic]))[topic, 0]
-    assert lag.end == 2
-    assert lag.seconds == pytest.approx(0, abs=2)
+
+
+def marked(settings: Settings) -> None:
+    """A record that is done with, and the mark behind it."""
+    group, topic = settings.kafka.adapt_group, settings.topics.requests
+    with transaction(settings, topic) as producer:
+        producer.produce(topic, b"{}", partition=0, timestamp=int((time.time() - 80) * 1000))
+    commit(settings, group, topic, {0: 1})
+
+
+def test_behind_a_mark_of_a_transaction_nothing_waits_however_long_one_looks(made: Settings) -> None:
+    group, topic = made.kafka.adapt_group, made.topics.requests
+    marked(made)
+    with LagReader(made) as reader:
+        for _ in range(3):
+            lag = by_partition(reader.read(group, [topic]))[topic, 0]
+            assert (lag.offsets, lag.end) == (1, 2), "as Kafka's own tools count"
+            assert lag.seconds == 0.0, "only what waits has an age"
+            time.sleep(0.3)
+        write(made, topic, 0, [40])
+        lag = by_partition(reader.read(group, [topic]))[topic, 0]
+        assert lag.offsets == 2
+        assert lag.seconds == pytest.approx(40, abs=10)
+
+
+def test_a_mark_of_a_transaction_neither_stalls_nor_stops_a_partition(made: Settings) -> None:
+    marked(made)
+    with LagReader(made) as reader:
+        watch = LagWatch(made, reader)
+        for _ in range(3):
+            _, adapt = watch.look()
+            assert (adapt.status, adapt.seconds, adapt.catch_up_seconds) == ("ok", 0.0, 0.0)
+            time.sleep(0.2)
+        write(made, made.topics.requests, 0, [40])
+        _, adapt = watch.look()
+        assert adapt.partitions[0].lag.offsets == 2
+
+
+def test_in_a_transaction_that_is_open_it_is_not_known_what_waits(made: Settings) -> None:
+    group, topic = made.kafka.adapt_group, made.topics.requests
+    with LagReader(made) as reader:
+        with transaction(made, topic) as producer:
+            producer.produce(topic, b"{}", partition=0, timestamp=int((time.time() - 80) * 1000))
+            producer.flush(10)
+            lag = by_partition(reader.read(group, [topic]))[topic, 0]
+            assert (lag.offsets, lag.seconds) == (1, None)
+        lag = by_partition(reader.read(group, [topic]))[topic, 0]
+        assert lag.seconds == pytest.approx(80, abs=10)
+
+
+def test_a_record_that_waits_has_an_age_whatever_its_clock_says(made: Settings) -> None:
+    group, topic = made.kafka.ingest_group, made.topics.clicks
+    write(made, topic, 0, [-3_600])
+    lag = by_partition(group_lag(made, group, [topic]))[topic, 0]
+    assert lag.seconds is not None
+    assert 0.0 < lag.seconds < 1.0
+
+
+def test_a_record_without_a_time_is_of_unknown_age(made: Settings) -> None:
+    group, topic = made.kafka.ingest_group, made.topics.clicks
+    producer = clients.producer(made.kafka)
+    producer.produce(topic, b"{}", partition=0, timestamp=-1)
+    producer.flush(10)
+    lag = by_partition(group_lag(made, group, [topic]))[topic, 0]
+    assert (lag.offsets, lag.seconds) == (1, None)
+    with LagReader(made) as reader:
+        ingest, _ = LagWatch(made, reader).look()
+    assert ingest.offsets == 1
+    assert math.isnan(ingest.seconds), "unknown, which is not 0"
+
+
+def test_adapt_s_lag_in_seconds_is_the_age_of_the_oldest_event_not_yet_scored(made: Settings) -> None:
+    """Its request is younger: it has waited for ingest before. What the gauge shows is that."""
+    group, topic = made.kafka.adapt_group, made.topics.requests
+    now = int(time.time() * 1000)
+    producer = clients.producer(made.kafka)
+    for appended_at in (now - 300_000, now - 200_000, 0):
+        request = AdaptationRequest("u", 1, now, now, appended_at)
+        producer.produce(topic, msgspec.json.encode(request), partition=1, timestamp=now - 20_000)
+        producer.flush(10)
+    gauges = LagGauges(group, [topic], owned=None)
+    where = {"group": group, "topic": topic, "partition": "1"}
+    with LagReader(made) as reader:
+        for committed, offsets, seconds in ((0, 3, 300), (1, 2, 200), (2, 1, 20), (3, 0, 0)):
+            commit(made, group, topic, {1: committed})
+            gauges.look(reader)
+            assert REGISTRY.get_sample_value("innerloop_lag_offsets", where) == offsets
+            assert REGISTRY.get_sample_value("innerloop_lag_seconds", where) == pytest.approx(seconds, abs=10)
 
 
 def test_a_second_look_is_cheap(made: Settings) -> None:
@@ -126,6 +220,45 @@ def test_lag_is_shown_as_a_table_and_as_json(
     assert {each["status"] for each in lags if each["offsets"]} == {"stopped"}, "nobody runs"
     assert {each["status"] for each in lags if not each["offsets"]} == {"ok"}
     assert all(each["catch_up_seconds"] is None for each in lags if each["offsets"]), "never"
+
+
+def test_quality_s_group_is_listed_where_it_exists(made: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    group = made.kafka.quality_group
+    write(made, made.topics.clicks, 0, [70] * 2)
+
+    def listed() -> list[dict[str, object]]:
+        assert show_lag(made, as_json=True) == 0
+        return [each for each in json.loads(capsys.readouterr().out) if each["group"] == group]
+
+    assert not listed()
+    commit(made, group, made.topics.clicks, {0: 1})
+    found = {(each["topic"], each["partition"]): each for each in listed()}
+    topics = made.topics
+    assert {topic for topic, _ in found} == {*topics.events, topics.recommendations, topics.ads}
+    assert found[topics.clicks, 0]["offsets"] == 1
+
+
+def test_a_group_that_cannot_be_asked_is_not_nobody_s(made: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, topic = made.kafka.adapt_group, made.topics.requests
+    unreachable = made.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
+    monkeypatch.setattr(groups, "_ANSWER_SECONDS", 1.0)
+    assert groups.described(clients.admin(unreachable), group) is None
+    assert groups.described(clients.admin(made.kafka), "never there") == groups.Group(exists=False, owners={})
+    write(made, topic, 0, [30])
+    with LagReader(made) as reader:
+        watch = LagWatch(made, reader)
+        with monkeypatch.context() as patch:
+            patch.setattr(lag_watch, "described", lambda *_: None)
+            watch.look()
+            _, adapt = watch.look()
+            assert adapt.partitions[0].owner == "unknown"
+            assert adapt.status == "stalled"
+        _, adapt = watch.look()
+        assert (adapt.partitions[0].owner, adapt.status) == (None, "stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(lag_watch, "described", lambda *_: None)
+            _, adapt = watch.look()
+            assert (adapt.partitions[0].owner, adapt.status) == (None, "stopped"), "as when it was last asked"
 
 
 def test_a_missing_topic_is_a_sentence(settings: Settings) -> None:

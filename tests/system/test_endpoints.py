@@ -1,17 +1,22 @@
 """What the processes show on their ports, against what the broker and the database say."""
 
+import json
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
+import psutil
 import psycopg2
+import pytest
 from confluent_kafka import TopicPartition
 from shell import Shell
 
 from innerloop.config import Settings
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
+from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.watched_process import free_ports
@@ -75,6 +80,30 @@ def test_a_stuck_loop_turns_red_tells_its_stacks_and_recovers(shell: Shell, sett
     assert shell.errors(ingest).count("Current thread") == 1, "once"
 
 
+def test_who_was_stopped_by_the_breaker_shows_it_for_a_while_and_leaves_at_once_when_told_to(
+    shell: Shell, settings: Settings, wait_for: Wait
+) -> None:
+    ensure_topics(settings)
+    producer = EventProducer(settings)
+    for number in range(40):
+        producer.send(f"u{number}", "click", b"a producer gone wrong")
+    producer.finish()
+    variables = {"INNERLOOP_INGEST__BREAKER_WINDOW": "10"}
+    (port,) = free_ports(1)
+    lingering = shell.start("ingest", INNERLOOP_HTTP__PORT=str(port), **variables, INNERLOOP_HTTP__LINGER_SECONDS="600")
+    wait_for(lambda: sample(get(port, "/metrics")[1], "innerloop_breaker_stops_total") == 1)
+    wait_for(lambda: "are bad, the first is" in get(port, "/livez")[1])
+    code, why = get(port, "/readyz")
+    assert (code, get(port, "/livez")) == (503, (200, why)), "it lives on purpose: nobody is to kill it"
+    assert members_with_partitions(settings.kafka, settings.kafka.ingest_group) == 0, "it has left its group"
+    lingering.terminate()
+    left = shell.finish(lingering, 15)
+    assert left.code == 1
+    assert "are bad, the first is" in left.err.splitlines()[-1]
+    unseen = shell.finish(shell.start("ingest", **variables, INNERLOOP_HTTP__LINGER_SECONDS="600"))
+    assert unseen.code == 1, "without a listener there is nothing to stay for"
+
+
 def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
     shell: Shell, settings: Settings, wait_for: Wait
 ) -> None:
@@ -82,7 +111,7 @@ def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
     port = pair_of_ports()
     shell.start("ingest", "--processes", "2", INNERLOOP_HTTP__PORT=str(port))
     for member in (port, port + 1):
-        wait_for(lambda member=member: get(member, "/readyz")[0] == 200)
+        wait_for(lambda member=member: get(member, "/readyz")[0] == 200, 90)
 
     def shown() -> dict[tuple[str, int], float]:
         texts = [get(member, "/metrics")[1] for member in (port, port + 1)]
@@ -110,6 +139,41 @@ def test_the_members_of_a_pool_show_the_lag_that_the_broker_tells(
         wait_for(lambda: shown() == told)
     connection.close()
     wait_for(lambda: sum(shown().values()) == 0)
+
+
+@pytest.mark.timeout(300)
+def test_a_pool_ends_and_starts_again_a_member_whose_loop_is_stuck(
+    shell: Shell, settings: Settings, wait_for: Wait
+) -> None:
+    ensure_topics(settings)
+    port = pair_of_ports()
+    variables = {"INNERLOOP_HTTP__PORT": str(port), "INNERLOOP_HTTP__STUCK_AFTER_SECONDS": "3"}
+    pool = shell.start("ingest", "--processes", "2", **variables)
+    for member in (port, port + 1):
+        wait_for(lambda member=member: get(member, "/readyz")[0] == 200, 90)
+    before = {each.pid for each in psutil.Process(pool.pid).children()}
+
+    def told(what: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in shell.errors(pool).splitlines() if what in line]
+
+    with psycopg2.connect(settings.database.url.get_secret_value().replace("+psycopg2", "")) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE support_sets IN ACCESS EXCLUSIVE MODE")
+        producer = EventProducer(settings)
+        producer.send("one user", "click", EVENT.format(0, 0).encode())
+        producer.finish()
+        wait_for(lambda: told("starts again"), 60)
+    connection.close()
+    [stuck] = told("process is stuck")
+    [ended] = told("starts again")
+    assert "has not turned for" in stuck["why"]
+    assert (ended["pid"], ended["why"]) == (stuck["pid"], "killed by SIGKILL"), "it can't hear a SIGTERM"
+    wait_for(lambda: len(psutil.Process(pool.pid).children()) == 2)
+    after = {each.pid for each in psutil.Process(pool.pid).children()}
+    assert before - after == {stuck["pid"]}, "the other one is not stuck"
+    group, topics = settings.kafka.ingest_group, settings.topics.events
+    wait_for(lambda: not sum(lag.offsets for lag in group_lag(settings, group, topics)), 60)
+    assert psutil.pid_exists(pool.pid)
 
 
 def test_a_gap_in_time_is_not_hidden_by_a_log_that_starts_late(settings: Settings) -> None:

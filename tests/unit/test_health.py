@@ -1,5 +1,6 @@
 import io
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -159,6 +160,26 @@ def test_a_host_that_is_not_ours_is_a_sentence(port: int, clock: Clock) -> None:
         pass
 
 
-def test_port_0_is_no_listener(clock: Clock) -> None:
-    with listening(HttpSettings(), Health(Loop(), 1.0, clock=clock)) as port:
-        assert port == 0
+def test_port_0_is_no_listener_but_a_stuck_loop_still_dumps_its_stacks_once(clock: Clock, tmp_path: Path) -> None:
+    with (tmp_path / "stacks").open("w+") as stacks:
+        clock.now = 2.0
+        with listening(HttpSettings(), Health(Loop(), 1.0, stacks=stacks, clock=clock)) as port:
+            assert port == 0
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "stacks").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            time.sleep(2.5)
+        assert (tmp_path / "stacks").read_text().count("Current thread") == 1
+
+
+def test_a_loop_that_has_ended_on_purpose_lives_and_says_why_but_is_not_ready(
+    clock: Clock,
+) -> None:
+    health = Health(Loop(), 10.0, clock=clock)
+    health.over("most records are bad")
+    clock.now = 1_000.0
+    assert health.live.good
+    assert not health.ready.good
+    assert "most records are bad" in health.live.why
+    assert "most records are bad" in health.ready.why

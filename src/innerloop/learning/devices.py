@@ -8,12 +8,17 @@ def gpus() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
-def gpu_use(device: str) -> tuple[int, float]:
-    """Bytes that this process holds on the GPU, and the share of the last second in which the GPU worked at all.
+def gpu_memory(device: str) -> int:
+    """Bytes that this process holds on the GPU."""
+    return torch.cuda.memory_reserved(device)
 
-    The share is the driver's own (NVML): of all processes that use the GPU.
+
+def gpu_busy(device: str) -> float:
+    """The share of the last second in which the GPU worked at all, for whichever process.
+
+    The driver's own figure (NVML), which it doesn't have for part of a GPU (MIG): raises whatever it refuses with.
     """
-    return torch.cuda.memory_reserved(device), torch.cuda.utilization(device) / 100
+    return torch.cuda.utilization(device) / 100
 
 
 def use_threads(count: int) -> None:

@@ -3,15 +3,17 @@
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
+from innerloop.scores import AdaptationRequest
 from innerloop.streams import clients
 from innerloop.streams.topics import partition_counts
 
@@ -20,6 +22,7 @@ Partition = tuple[str, int]
 _ANSWER_SECONDS = 10.0
 _COUNTS_SECONDS = 30.0  # as long as clients take to see new partitions
 _READ_SECONDS = 2.0
+_LEAST_SECONDS = 0.001  # of a record that waits, also by a clock that runs ahead: 0 says that none does
 _UNTYPED: Any = OffsetSpec  # the stubs leave its constructors untyped
 _EARLIEST, _LATEST = _UNTYPED.earliest(), _UNTYPED.latest()
 _MOVING = frozenset(
@@ -37,8 +40,10 @@ class PartitionLag(msgspec.Struct, frozen=True):
     """One partition's lag.
 
     `committed` is the group's offset, None before its first commit; `end` the log's end; `offsets` how many offsets
-    are not yet committed; `seconds` how long ago the oldest of them was written: 0.0 when there are none, None when it
-    could not be read in time.
+    are not yet committed; `seconds` how long the oldest record among them has waited: since it was written, an
+    adaptation request since the event behind it was. 0.0 exactly when no record waits: also where offsets are left that
+    only marks of transactions have. None when it is not known: not read in time, in a transaction that is still open,
+    or without a time of its own.
     """
 
     group: str
@@ -61,10 +66,12 @@ class LagReader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._admin: AdminClient = clients.admin(settings.kafka)
+        self.admin: AdminClient = clients.admin(settings.kafka)
+        """Open as long as this reader: for who asks the broker more."""
         self._counts: dict[str, int] = {}
         self._counted_at = float("-inf")
-        self._written: dict[Partition, tuple[int, float]] = {}  # offset asked for, when it was written (epoch s)
+        self._since: dict[Partition, tuple[int, float | None]] = {}  # offset asked for, since when it waits (epoch s)
+        self._decode = msgspec.json.Decoder(AdaptationRequest).decode
         self._consumer = clients.consumer(
             settings.kafka,
             "innerloop-lag",  # a name only: it neither joins nor commits
@@ -107,7 +114,7 @@ class LagReader:
 
     def _read(self, group: str, partitions: list[Partition]) -> list[PartitionLag]:
         # Asked for at once, answered at once. The end is asked for with the others, so a lag may be a few records old.
-        committing = self._admin.list_consumer_group_offsets(
+        committing = self.admin.list_consumer_group_offsets(
             [ConsumerGroupTopicPartitions(group, [TopicPartition(*each) for each in partitions])],
             request_timeout=_ANSWER_SECONDS,
         )
@@ -118,7 +125,7 @@ class LagReader:
         starts = {each: _answer(future).offset for each, future in starting.items()}
         ends = {each: _answer(future).offset for each, future in ending.items()}
         next_ = {each: min(max(committed[each], starts[each]), ends[each]) for each in partitions}
-        seconds = self._ages({each: next_[each] for each in partitions if next_[each] < ends[each]})
+        seconds = self._ages({each: next_[each] for each in partitions if next_[each] < ends[each]}, ends)
         return [
             PartitionLag(
                 group=group,
@@ -127,7 +134,7 @@ class LagReader:
                 committed=committed[each] if committed[each] >= 0 else None,
                 end=ends[each],
                 offsets=ends[each] - next_[each],
-                seconds=seconds.get(each) if next_[each] < ends[each] else 0.0,
+                seconds=seconds.get(each, 0.0),
             )
             for each in partitions
         ]
@@ -141,27 +148,31 @@ class LagReader:
 
     def _watermarks(self, partitions: list[Partition], which: Any) -> "dict[Partition, Future[Any]]":
         asked = {TopicPartition(*each): which for each in partitions}
-        answers = self._admin.list_offsets(asked, request_timeout=_ANSWER_SECONDS)
+        answers = self.admin.list_offsets(asked, request_timeout=_ANSWER_SECONDS)
         return {(each.topic, each.partition): future for each, future in answers.items()}
 
     def _unanswered(self, why: str) -> ServiceError:
         where = self._settings.kafka.bootstrap_servers
         return ServiceError(f"Kafka at {where} does not tell the lag: {why.rstrip('.')}.")
 
-    def _ages(self, lagging: dict[Partition, int]) -> dict[Partition, float]:
-        """How long ago the record at each offset was written, in seconds; those not read in time are left out."""
-        unknown = {each: offset for each, offset in lagging.items() if self._written.get(each, (-1,))[0] != offset}
-        if unknown:
-            self._look_up(unknown)
+    def _ages(self, lagging: dict[Partition, int], ends: dict[Partition, int]) -> dict[Partition, float | None]:
+        """How long the record at each offset has waited, in seconds: 0 where there is none, None if not known."""
+        unknown = {each: offset for each, offset in lagging.items() if self._since.get(each, (-1, None))[0] != offset}
+        nothing = self._look_up(unknown, ends) if unknown else set()
         now = time.time()
-        return {
-            each: max(0.0, now - self._written[each][1])
-            for each, offset in lagging.items()
-            if self._written.get(each, (-1,))[0] == offset
-        }
+        ages: dict[Partition, float | None] = dict.fromkeys(nothing, 0.0)
+        for each in lagging.keys() - nothing:
+            offset, since = self._since.get(each, (-1, None))
+            ages[each] = max(_LEAST_SECONDS, now - since) if offset == lagging[each] and since is not None else None
+        return ages
 
-    def _look_up(self, offsets: dict[Partition, int]) -> None:
-        waiting = dict(offsets)
+    def _look_up(self, offsets: dict[Partition, int], ends: dict[Partition, int]) -> set[Partition]:
+        """Read the record at each offset; the partitions without one.
+
+        There what is left are marks of transactions, which nobody has to handle. The next record may come at any time,
+        so that is looked up anew each time; and so is a transaction that is still open, which hides the end.
+        """
+        waiting, nothing = dict(offsets), set()
         self._consumer.assign([TopicPartition(*each, offset) for each, offset in offsets.items()])
         deadline = time.monotonic() + _READ_SECONDS
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -172,10 +183,21 @@ class LagReader:
             error = message.error()
             if each not in waiting or (error is not None and error.code() != KafkaError._PARTITION_EOF):  # noqa: SLF001
                 continue
-            # An end without a record: what is left are marks of transactions, which nobody has to handle.
-            written = time.time() if error is not None else message.timestamp()[1] / 1000
-            self._written[each] = (waiting.pop(each), written)
+            offset = waiting.pop(each)
+            if error is None:
+                self._since[each] = (offset, self._waits_since(message))
+            elif (message.offset() or 0) >= ends[each]:
+                nothing.add(each)
         self._consumer.unassign()
+        return nothing
+
+    def _waits_since(self, message: Message) -> float | None:
+        """When it was written (epoch s), a request when the event behind it was; None where nothing tells."""
+        since = message.timestamp()[1]
+        if message.topic() == self._settings.topics.requests:
+            with suppress(msgspec.MsgspecError):
+                since = self._decode(message.value() or b"").appended_at or since
+        return since / 1000 if since > 0 else None
 
 
 def _answer(future: "Future[Any]") -> Any:

@@ -182,8 +182,7 @@ class Loop:
             try:
                 self._processor.handle(batch)
             except RetryError as error:
-                self._outage.goes_on(str(error), records=len(batch))
-                metrics.PAUSES.inc()
+                self._away(error, records=len(batch))
                 if not self._wait():
                     return
                 batch = batch.keeping(self._is_claimed)
@@ -191,6 +190,11 @@ class Loop:
                 self._done.update(batch.next_offsets)
                 break
         self._recovered()
+
+    def _away(self, error: Exception, **facts: object) -> None:
+        """Tell and count that the database or the broker is away, once for each try."""
+        self._outage.goes_on(str(error), **facts)
+        metrics.PAUSES.inc()
 
     def _recovered(self) -> None:
         if self._outage.waits:
@@ -224,7 +228,7 @@ class Loop:
         try:
             self._processor.idle()
         except RetryError as error:
-            self._outage.goes_on(str(error))
+            self._away(error)
             self._wait()
         else:
             self._recovered()
@@ -279,7 +283,7 @@ class Loop:
             try:
                 self._pass_gap(partition, wanted)
             except (RetryError, KafkaException) as error:
-                self._outage.goes_on(str(error))
+                self._away(error)
                 self._wait()
                 return
             self._gaps.pop(partition, None)
@@ -322,7 +326,7 @@ class Loop:
         try:
             starts = self._claim(partitions)
         except RetryError as error:
-            self._outage.goes_on(str(error))
+            self._away(error)
             # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
             waiting = [TopicPartition(p.topic, p.partition, OFFSET_BEGINNING) for p in assigned]
             consumer.incremental_assign(waiting)
@@ -354,7 +358,7 @@ class Loop:
             for partition in self._partitions(starts, starts):
                 self._consumer.seek(partition)
         except (RetryError, KafkaException) as error:
-            self._outage.goes_on(str(error))
+            self._away(error)
             self._wait()
             return
         self._unclaimed.clear()
