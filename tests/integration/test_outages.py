@@ -289,16 +289,27 @@ def test_a_commit_that_the_broker_refuses_is_made_again_without_further_traffic(
 # --- gaps
 
 
-def _with_a_gap(settings: Settings) -> list[dict[str, Any]]:
-    """20 events handled, 25 deleted unseen, 15 to come."""
+def _with_a_gap(settings: Settings, first: int = 45) -> list[dict[str, Any]]:
+    """20 of 60 events handled, and those before `first` deleted: 25 that nobody has seen."""
     events = events_of(60, kinds=("click",))
     send(settings, events[:20], 2)
     run(settings)
     send(settings, events[20:], 2)
     admin = clients.admin(settings.kafka)
-    [deleted] = admin.delete_records([TopicPartition(settings.topics.clicks, 2, 45)]).values()
+    [deleted] = admin.delete_records([TopicPartition(settings.topics.clicks, 2, first)]).values()
     deleted.result()
     return events
+
+
+def _forget_the_group(settings: Settings) -> None:
+    """As the broker does with a group that nobody was in for offsets.retention.minutes."""
+    admin = clients.admin(settings.kafka)  # a client that is collected takes its answers along
+    [deleted] = admin.delete_consumer_groups([settings.kafka.ingest_group]).values()
+    deleted.result()
+
+
+def _gaps(settings: Settings) -> list[tuple[int, int]]:
+    return [(gap.from_offset, gap.to_offset) for gap in query(settings, "SELECT * FROM partition_gaps")]
 
 
 def test_a_gap_is_passed_only_when_told_and_is_recorded(small: Settings, tmp_path: Path) -> None:
@@ -318,6 +329,46 @@ def test_a_gap_is_passed_only_when_told_and_is_recorded(small: Settings, tmp_pat
     check(small, events[:20] + events[45:])
 
 
+def test_a_group_that_the_broker_forgot_passes_no_gap_in_silence(small: Settings) -> None:
+    """The ledger alone knows then what is missing."""
+    events = _with_a_gap(small)
+    _forget_the_group(small)
+    with Member(small) as member:
+        error = member.has_left()
+    assert isinstance(error, StopError)
+    assert "offset 20" in str(error)
+    assert "--accept-gap" in str(error)
+    with Member(small, _accepting) as member:
+        member.caught_up()
+    assert _gaps(small) == [(20, 45)]
+    check(small, events[:20] + events[45:])
+
+
+@pytest.mark.parametrize("back", [None, 5])
+def test_what_retention_took_of_what_is_stored_is_no_gap(small: Settings, back: int | None) -> None:
+    """The broker's offset lies before the log, or is forgotten; the ledger stands inside the log."""
+    events = _with_a_gap(small, 15)
+    if back is None:
+        _forget_the_group(small)
+    else:
+        reset(small, {(small.topics.clicks, 2): back})
+    with Member(small) as member:
+        member.caught_up()
+        member.has_handled(45)
+        assert member.handled == 45, "also what is stored and still there: its requests may not have been sent"
+    assert _gaps(small) == []
+    check(small, events)
+
+
+def test_a_gap_begins_where_the_ledger_stands(small: Settings) -> None:
+    events = _with_a_gap(small)
+    reset(small, {(small.topics.clicks, 2): 5})
+    with Member(small, _accepting) as member:
+        member.caught_up()
+    assert _gaps(small) == [(20, 45)]
+    check(small, events[:20] + events[45:])
+
+
 def _accepting(member: Member) -> None:
     member.loop._accept_gap = True
 
@@ -330,7 +381,7 @@ def test_a_gap_met_again_after_a_crash_is_recorded_once(small: Settings) -> None
     reset(small, {(small.topics.clicks, 2): 20})  # as though the commit had been lost
     with Member(small, _accepting) as member:
         until(lambda: member.error is not None or committed(small) == ends(small), "goes on")
-    assert [(gap.from_offset, gap.to_offset) for gap in query(small, "SELECT * FROM partition_gaps")] == [(20, 45)]
+    assert _gaps(small) == [(20, 45)]
     check(small, events[:20] + events[45:])
 
 
@@ -353,12 +404,16 @@ def test_a_gap_waits_for_a_database_that_is_away(small: Settings, monkeypatch: p
     check(small, events[:20] + events[45:])
 
 
-def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings) -> None:
-    """An unclean election, or a restored broker: nothing between the log's start and its end is ours to skip."""
+@pytest.mark.parametrize("committed_at", [30, 20, 10])
+def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings, committed_at: int) -> None:
+    """An unclean election, or a restored broker: nothing between the log's start and its end is ours to skip.
+
+    Nor would what comes there next be new to the ledger, wherever the broker has the group.
+    """
     events = events_of(20, kinds=("click",))
     send(small, events, 2)
     run(small)
-    reset(small, {(small.topics.clicks, 2): 30})
+    reset(small, {(small.topics.clicks, 2): committed_at})
     engine = connect(small.database)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE partition_ledger SET next_offset = 30 WHERE next_offset = 20")

@@ -1,7 +1,8 @@
 """The consumer loop: polls, hands batches to a processor, commits offsets behind it, and survives outages.
 
 What a processor may rely on:
-- `assigned` is called before any record of a partition is handed over, and decides where reading starts.
+- `assigned` is called before any record of a partition is handed over, and decides where reading starts: at an offset
+  that the log does not hold, there is a gap.
 - `handle` returns only when everything that follows from the batch is stored and replicated. Only then are the
   batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
 - RetryError from either: the partitions are paused, polling goes on (no rebalance), and the same call is made again.
@@ -38,11 +39,18 @@ _LAST_COMMIT_SECONDS = 1.5
 """How long a stop waits for the broker to take the last offsets: what it does not take is read again."""
 
 
+LogEnds = Callable[[Partition], tuple[int, int]]
+"""The oldest offset of a partition that the broker still has, and the next one it will give. Raises RetryError."""
+
+
 class Processor(Protocol):
     """What the loop drives; see the module's contract."""
 
-    def assigned(self, committed: Mapping[Partition, int | None]) -> Mapping[Partition, int | None]:
+    def assigned(self, committed: Mapping[Partition, int | None], log_ends: LogEnds) -> Mapping[Partition, int | None]:
         """Take over partitions with these committed offsets; where to start each, None for the oldest record."""
+
+    def stands_at(self, partition: Partition) -> int | None:
+        """The first offset that is not in its store, None where it keeps no such account."""
 
     def revoked(self, partitions: Sequence[Partition]) -> None: ...
 
@@ -80,13 +88,16 @@ class Loop:
             settings, group, on_commit=self._on_commit, auto_offset_reset="error", **own
         )
         self._owned: set[Partition] = set()
-        self._unclaimed: set[Partition] = set()
+        self._unclaimed: list[Partition] = []
+        self._claimed_at = 0.0
+        """When it was last tried to claim them."""
         self._done: dict[Partition, int] = {}
         self._committed_at = 0.0
         self._committing = 0
         self._accept_gap = accept_gap
         self._gaps: dict[Partition, int] = {}
         self._outage, self._uncommitted = Waiting("paused"), Waiting("offsets not committed", patience=5.0)
+        self._claiming = Waiting("not claimed")
         self._joining = Waiting("not in its group", patience=_JOIN_SECONDS)
         self._left = False
         self.turned_at = time.monotonic()
@@ -211,14 +222,22 @@ class Loop:
             self._turned()
             message = self._consumer.poll(min(left, _IDLE_SECONDS))
             if message is not None and not self._is_error(message):
-                # Fetched before the pause took hold: read it again later.
-                self._consumer.seek(
-                    TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
-                )
+                self._put_back(message)
         return True
 
+    def _put_back(self, message: Message) -> None:
+        """Fetched before the pause took hold: read it again later."""
+        place = TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
+        try:
+            self._consumer.seek(place)
+        except KafkaException:
+            # Fetching has not begun or has ended; without this record in the next batch its offset would be passed.
+            self._consumer.incremental_unassign([place])
+            self._consumer.incremental_assign([place])
+            self._consumer.pause([place])
+
     def _resume(self) -> None:
-        self._consumer.resume(self._partitions(self._owned - self._unclaimed))
+        self._consumer.resume(self._partitions(self._owned.difference(self._unclaimed)))
 
     def _idle(self) -> None:
         try:
@@ -286,21 +305,22 @@ class Loop:
             self._recovered()
 
     def _pass_gap(self, partition: Partition, wanted: int) -> None:
-        first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=10.0)
+        first, end = self._log_ends(partition)
         if wanted > end:
             raise StopError(
                 f"{_name(partition)} ends at offset {end}, before the next record this worker needs, {wanted}: the "
                 "broker has lost records that were handled here, which no gap explains. Nothing was skipped."
             )
-        if wanted < first and not self._accept_gap:
+        missing = max(wanted, self._processor.stands_at(partition) or 0)  # what is stored is not needed any more
+        if missing < first and not self._accept_gap:
             raise StopError(
-                f"{_name(partition)} no longer holds the next record this worker needs, offset {wanted}: retention has "
-                f"passed it, and what lay before offset {first} is gone. Nothing was skipped. To go on with what there "
-                "is, and have the gap recorded, start once with --accept-gap."
+                f"{_name(partition)} no longer holds the next record this worker needs, offset {missing}: retention "
+                f"has passed it, and what lay before offset {first} is gone. Nothing was skipped. To go on with what "
+                "there is, and have the gap recorded, start once with --accept-gap."
             )
-        if wanted < first:
-            self._processor.gap(partition, wanted, first)
-            _LOG.warning("gap accepted", partition=_name(partition), from_offset=wanted, to_offset=first)
+        if missing < first:
+            self._processor.gap(partition, missing, first)
+            _LOG.warning("gap accepted", partition=_name(partition), from_offset=missing, to_offset=first)
         start = max(wanted, first)
         # A partition whose fetching has failed cannot be sought in.
         place = [TopicPartition(*partition, start)]
@@ -308,6 +328,14 @@ class Loop:
         self._consumer.incremental_assign(place)
         self._consumer.resume(place)
         self._done[partition] = max(start, self._done.get(partition, 0))
+
+    def _log_ends(self, partition: Partition) -> tuple[int, int]:
+        try:
+            first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=10.0)
+        except KafkaException as error:
+            why = error.args[0].str()
+            raise RetryError(f"The broker does not tell where {_name(partition)} ends: {why}") from error
+        return first, end
 
     # --- rebalance
 
@@ -322,12 +350,12 @@ class Loop:
         try:
             starts = self._claim(partitions)
         except RetryError as error:
-            self._outage.goes_on(str(error))
+            self._not_claimed(partitions, error)
             # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
             waiting = [TopicPartition(p.topic, p.partition, OFFSET_BEGINNING) for p in assigned]
             consumer.incremental_assign(waiting)
             consumer.pause(waiting)
-            self._unclaimed.update(partitions)
+            self._unclaimed += partitions
         else:
             places = self._partitions(partitions, starts)
             consumer.incremental_assign(places)
@@ -342,24 +370,34 @@ class Loop:
         except KafkaException as error:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
         committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
-        starts = self._processor.assigned(committed)
+        starts = self._processor.assigned(committed, self._log_ends)
         return {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
 
     def _claim_again(self) -> None:
-        """Claim what could not be claimed when it was assigned."""
-        if not self._unclaimed:
+        """Claim what could not be claimed when it was assigned, one by one; the others' records are handled meanwhile.
+
+        A frozen owner may hold some partitions and not all; which they are is not known.
+        """
+        if not self._unclaimed or time.monotonic() < self._claimed_at + _RETRY_SECONDS:
             return
-        try:
-            starts = self._claim(sorted(self._unclaimed))
-            for partition in self._partitions(starts, starts):
-                self._consumer.seek(partition)
-        except (RetryError, KafkaException) as error:
-            self._outage.goes_on(str(error))
-            self._wait()
-            return
-        self._unclaimed.clear()
-        self._outage.ends()
-        self._resume()
+        while self._unclaimed:
+            partition = self._unclaimed.pop(0)
+            try:
+                starts = self._claim([partition])
+                self._consumer.seek(*self._partitions(starts, starts))
+            except (RetryError, KafkaException) as error:
+                self._unclaimed.append(partition)  # the next time another one is first
+                self._not_claimed(self._unclaimed, error)
+                break
+        else:
+            self._claiming.ends()
+        if not self._outage.waits:
+            self._resume()
+
+    def _not_claimed(self, partitions: Sequence[Partition], error: Exception) -> None:
+        self._claiming.goes_on(str(error), partitions=_names(partitions))
+        metrics.PAUSES.inc()
+        self._claimed_at = time.monotonic()
 
     def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
         if self._left:
@@ -384,7 +422,9 @@ class Loop:
             self._gaps.pop(partition, None)
         self._owned.difference_update(partitions)
         metrics.PARTITIONS.set(len(self._owned))
-        self._unclaimed.difference_update(partitions)
+        self._unclaimed = [each for each in self._unclaimed if each not in partitions]
+        if not self._unclaimed:
+            self._claiming.ends()
         self._processor.revoked(partitions)
 
     @staticmethod
