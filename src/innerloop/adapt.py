@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from innerloop import metrics
 from innerloop.config import Settings
-from innerloop.errors import ServiceError, SettingsError, StopError
+from innerloop.errors import RetryError, ServiceError, SettingsError, StopError
 from innerloop.holdout import in_hold_out
 from innerloop.learning.ad_scorer import AdLists
 from innerloop.learning.releases import Release, load
@@ -95,7 +95,18 @@ class Adapt:
     # --- the loop's contract
 
     def assigned(self, committed: Mapping[Partition, int | None], log_ends: LogEnds) -> Mapping[Partition, int | None]:
-        """Claim for an epoch of our own, and watch the outputs that belong to these partitions."""
+        """Claim for an epoch of our own, and watch the outputs that belong to these partitions.
+
+        Never with an older release than there is: the last owner may have published with that, and readers would keep
+        its lists whatever came after. Raises RetryError when it cannot be read here.
+        """
+        self._renew()
+        if self._refused is not None:
+            version, why = self._refused
+            raise RetryError(
+                f"Release {version} cannot be read here ({why}) and whoever had these partitions may have used it: "
+                "mend it, or train again"
+            )
         claims = self._ledger.claim(list(committed))
         numbers = [partition for _, partition in committed]
         self._watch.stop(numbers)
@@ -130,6 +141,7 @@ class Adapt:
         self._ask_where_unknown()
         self._strangers.update(self._watch.strangers(self._epochs))
         if self._strangers:
+            self._renew()  # a stranger may have used a newer release, and an older answer would not count
             self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
             metrics.REPAIRS.inc(len(self._strangers))
             _LOG.warning("strangers' records answered", users=len(self._strangers))
@@ -345,18 +357,25 @@ class Adapt:
         _LOG.info("release loaded", version=release.version, method=release.head.name, items=len(release.item_ids))
         return release
 
-    def _refresh(self) -> None:
-        """New items, ads and activity; a newer release replaces the one in use, an unreadable one leaves it in use."""
+    def _renew(self) -> None:
+        """A newer release replaces the one in use, an unreadable one leaves it in use."""
         with transaction(self._engine) as connection:
             newest = releases.newest(connection)
-        if newest is not None and newest.version > self._scorer.catalogue.release.version:
-            try:
-                self._scorer.use(self._newest_release())
-                metrics.MODEL_VERSION.set(newest.version)
-            except SettingsError as error:
-                if self._refused != (refused := (newest.version, str(error))):  # tried again each time, told once
-                    _LOG.error("newer release refused, the old one stays in use", why=str(error))
-                self._refused = refused
+        if newest is None or newest.version <= self._scorer.catalogue.release.version:
+            self._refused = None
+            return
+        try:
+            self._scorer.use(self._newest_release())
+            metrics.MODEL_VERSION.set(newest.version)
+            self._refused = None
+        except SettingsError as error:
+            if self._refused != (refused := (newest.version, str(error))):  # tried again each time, told once
+                _LOG.error("newer release refused, the old one stays in use", why=str(error))
+            self._refused = refused
+
+    def _refresh(self) -> None:
+        """New items, ads and activity, and a newer release."""
+        self._renew()
         catalogue = self._scorer.catalogue
         with transaction(self._engine) as connection:
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from shell import outer_environment
 from structlog.testing import capture_logs
 from test_ingest import (
@@ -286,6 +285,50 @@ def test_a_commit_that_the_broker_refuses_is_made_again_without_further_traffic(
     check(small, events)
 
 
+class _Stubborn:
+    """A consumer that at first does not pause, and then refuses to seek."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer, self.pauses, self.refused = consumer, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        self.pauses += 1
+        if self.pauses > 1:
+            self._consumer.pause(partitions)
+
+    def seek(self, place: TopicPartition) -> None:
+        if self.refused < 3:
+            self.refused += 1
+            raise KafkaException(KafkaError(KafkaError._STATE))
+        self._consumer.seek(place)
+
+
+def test_what_comes_in_a_pause_and_cannot_be_sought_is_read_again(small: Settings) -> None:
+    events = events_of(400)
+    send(small, events)
+    stubborn: list[_Stubborn] = []
+
+    def prepared(member: Member) -> None:
+        stubborn.append(_Stubborn(member.loop._consumer))
+        member.loop._consumer = stubborn[0]  # type: ignore[assignment]
+        original, calls = member.ledger.advance, itertools.count()
+
+        def advance(*arguments: Any) -> None:
+            if next(calls) == 1:
+                raise RetryError("the database is away, says the test")
+            original(*arguments)
+
+        member.ledger.advance = advance  # type: ignore[method-assign, assignment]
+
+    with Member(small, prepared) as member:
+        member.caught_up()
+    assert stubborn[0].refused > 0
+    check(small, events)
+
+
 # --- gaps
 
 
@@ -469,38 +512,32 @@ def test_a_deep_lag_takes_bounded_memory_and_fewer_requests(small: Settings, tmp
 def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
     small: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = with_ingest(small, batch_size=1_000, cached_users=2_000)
+    """What is fetched ahead stands in one queue: a flood must not fill it before everybody else's records."""
+    settings, flood = with_ingest(small, batch_size=1_000, cached_users=2_000), 60_000
     others = [{**event, "user_id": f"other{n}"} for n, event in enumerate(events_of(200, kinds=("click",)))]
-    sent, stop = itertools.count(), threading.Event()
-
-    def flood() -> None:
-        while not stop.is_set():
-            send(settings, [{**others[0], "event_id": f"bot{next(sent)}", "user_id": "bot"} for _ in range(500)])
-
-    thread = threading.Thread(target=flood)
+    send(settings, [{**others[0], "event_id": f"bot{n}", "user_id": "bot"} for n in range(flood)], 0)
+    its, batches, worked_off, left = (settings.topics.clicks, 0), list[int](), 0, len(others)
     with Member(settings) as member:
-        batches: list[int] = []
         handle = member.ingest.handle
 
         def counted(batch: Any) -> None:
+            nonlocal worked_off, left
             handle(batch)
+            if not batches:
+                time.sleep(1.0)  # as much is fetched as ever will be
+                for n, event in enumerate(others):
+                    send(settings, [event], 1 + n % 3)
             batches.append(len(batch))
+            left -= sum(partition != its for partition in batch.partitions)
+            worked_off = batch.next_offsets.get(its, worked_off) if left else worked_off
 
         monkeypatch.setattr(member.ingest, "handle", counted)
-        thread.start()
-        try:
-            member.has_handled(3_000)
-            send(settings, others)
-            wanted = {event["user_id"] for event in others}
-            until(lambda: member.error is not None or wanted <= stored(settings)[0].keys(), "others are stored")
-            assert thread.is_alive(), "while the flood goes on"
-        finally:
-            stop.set()
-            thread.join()
+        until(lambda: member.error is not None or left == 0, "others are handled")
         member.caught_up()
         asked = requests(settings)
         assert {len(each) for user, each in asked.items() if user != "bot"} == {1}
         assert len(asked["bot"]) <= len(batches)
+    assert worked_off < flood - 10_000, "others are handled long before the flood is"
     assert len(stored(settings)[0]["bot"]) == settings.support.capacity
 
 

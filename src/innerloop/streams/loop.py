@@ -35,6 +35,8 @@ _NOT_JOINED = (
     "the broker has given it no partitions yet: is it there, does this user have READ on the group and its topics, "
     "and, with kafka.group_protocol consumer, is it Kafka 4.0 or newer?"
 )
+_ENDS_SECONDS = 2.0
+"""How long one partition without a leader may hold up the others."""
 _LAST_COMMIT_SECONDS = 1.5
 """How long a stop waits for the broker to take the last offsets: what it does not take is read again."""
 
@@ -78,10 +80,15 @@ class Loop:
         stopping: Callable[[], bool],
         accept_gap: bool = False,
         instance: str | None = None,
+        batch_keys: int | None = None,
     ) -> None:
-        """`instance` is the name of a static member (KIP-345): one that comes back within its session moves nothing."""
+        """`instance` is the name of a static member (KIP-345): one that comes back within its session moves nothing.
+
+        `batch_keys` bounds how many different keys a batch has, to about a quarter more than that.
+        """
         self._group, self._topics, self._processor = group, list(topics), processor
         self._batch_size, self._poll_seconds, self._stopping = batch_size, poll_seconds, stopping
+        self._batch_keys = batch_keys
         # A start below the log's beginning means that retention has passed us: that is for a person to decide.
         own: dict[str, clients.Value] = {} if instance is None else {"group_instance_id": instance}
         self._consumer: Consumer = clients.consumer(
@@ -96,8 +103,10 @@ class Loop:
         self._committing = 0
         self._accept_gap = accept_gap
         self._gaps: dict[Partition, int] = {}
+        self._passed_at = 0.0
+        """When it was last tried in vain to pass them."""
         self._outage, self._uncommitted = Waiting("paused"), Waiting("offsets not committed", patience=5.0)
-        self._claiming = Waiting("not claimed")
+        self._claiming, self._passing = Waiting("not claimed"), Waiting("gap not passed")
         self._joining = Waiting("not in its group", patience=_JOIN_SECONDS)
         self._left = False
         self.turned_at = time.monotonic()
@@ -155,11 +164,24 @@ class Loop:
             first = self._consumer.poll(_IDLE_SECONDS)
             if first is None:
                 return Batch([])
-            rest = self._consumer.consume(self._batch_size - 1, self._poll_seconds) if self._batch_size > 1 else []
-        messages = [first, *rest]
+            messages = [first, *self._take(self._batch_size - 1)]
         if [1 for message in messages if message.error() is not None]:
             messages = [message for message in messages if not self._is_error(message)]
         return Batch(messages).keeping(self._is_claimed)
+
+    def _take(self, most: int) -> list[Message]:
+        if self._batch_keys is None:
+            return self._consumer.consume(most, self._poll_seconds) if most else []
+        keys: set[bytes | None] = set()
+        taken: list[Message] = []
+        while len(taken) < most and len(keys) < self._batch_keys:
+            portion = min(most - len(taken), max(1, self._batch_keys // 4))
+            some = self._consumer.consume(portion, self._poll_seconds)
+            taken += some
+            if len(some) < portion:
+                break
+            keys.update(message.key() for message in some)
+        return taken
 
     def _is_claimed(self, partition: Partition) -> bool:
         return partition in self._owned and partition not in self._unclaimed
@@ -175,7 +197,7 @@ class Loop:
             return True
         if error.code() in _MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
-        if error.code() in _FORBIDDEN:
+        if error.code() in clients.FORBIDDEN:
             raise StopError(
                 f"Kafka does not let this user read {message.topic() or 'the topics'} in group {self._group} "
                 f"({error.str()}): give it the ACLs that deploy/OPERATIONS.md lists."
@@ -228,6 +250,8 @@ class Loop:
     def _put_back(self, message: Message) -> None:
         """Fetched before the pause took hold: read it again later."""
         place = TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
+        if (place.topic, place.partition) not in self._owned:
+            return
         try:
             self._consumer.seek(place)
         except KafkaException:
@@ -293,16 +317,22 @@ class Loop:
     # --- gaps
 
     def _pass_gaps(self) -> None:
-        """Where the log does not hold the record wanted: go on behind the gap, recorded first, or stop."""
+        """Where the log does not hold the record wanted: go on behind the gap, recorded first, or stop.
+
+        Such a partition brings nothing; the others' records are handled while it waits.
+        """
+        if not self._gaps or time.monotonic() < self._passed_at + _RETRY_SECONDS:
+            return
         for partition, wanted in list(self._gaps.items()):
             try:
                 self._pass_gap(partition, wanted)
             except (RetryError, KafkaException) as error:
-                self._outage.goes_on(str(error))
-                self._wait()
+                self._passing.goes_on(str(error), partition=_name(partition))
+                metrics.PAUSES.inc()
+                self._passed_at = time.monotonic()
                 return
             self._gaps.pop(partition, None)
-            self._recovered()
+        self._passing.ends()
 
     def _pass_gap(self, partition: Partition, wanted: int) -> None:
         first, end = self._log_ends(partition)
@@ -331,7 +361,7 @@ class Loop:
 
     def _log_ends(self, partition: Partition) -> tuple[int, int]:
         try:
-            first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=10.0)
+            first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), _ENDS_SECONDS)
         except KafkaException as error:
             why = error.args[0].str()
             raise RetryError(f"The broker does not tell where {_name(partition)} ends: {why}") from error
@@ -425,6 +455,8 @@ class Loop:
         self._unclaimed = [each for each in self._unclaimed if each not in partitions]
         if not self._unclaimed:
             self._claiming.ends()
+        if not self._gaps:
+            self._passing.ends()
         self._processor.revoked(partitions)
 
     @staticmethod
@@ -434,7 +466,6 @@ class Loop:
         return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
 
 
-_FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 
 
