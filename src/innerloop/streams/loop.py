@@ -5,7 +5,8 @@ What a processor may rely on:
   that the log does not hold, there is a gap.
 - `handle` returns only when everything that follows from the batch is stored and replicated. Only then are the
   batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
-- RetryError from either: the partitions are paused, polling goes on (no rebalance), and the same call is made again.
+- RetryError from either: polling goes on (no rebalance), and the same call is made again. From `handle` all partitions
+  are paused meanwhile; a partition that could not be assigned waits alone.
 - `revoked` is called after the last batch of those partitions, when their offsets are committed.
 - `gap` is called only when gaps are accepted: a partition's records before `to_offset` are gone, and reading goes on
   there as soon as it returns.
@@ -411,14 +412,14 @@ class Loop:
         if not self._unclaimed or time.monotonic() < self._claimed_at + _RETRY_SECONDS:
             return
         while self._unclaimed:
-            partition = self._unclaimed.pop(0)
             try:
-                starts = self._claim([partition])
+                starts = self._claim(self._unclaimed[:1])
                 self._consumer.seek(*self._partitions(starts, starts))
             except (RetryError, KafkaException) as error:
-                self._unclaimed.append(partition)  # the next time another one is first
                 self._not_claimed(self._unclaimed, error)
+                self._unclaimed = self._unclaimed[1:] + self._unclaimed[:1]  # the next time another one is first
                 break
+            self._unclaimed = self._unclaimed[1:]
         else:
             self._claiming.ends()
         if not self._outage.waits:
