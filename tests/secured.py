@@ -21,6 +21,7 @@ import psycopg2
 import trustme
 from confluent_kafka.admin import (
     AclBinding,
+    AclBindingFilter,
     AclOperation,
     AclPermissionType,
     AdminClient,
@@ -129,6 +130,11 @@ class SecuredKafka:
     def allow(self, acls: list[AclBinding]) -> None:
         admin = self._admin()
         for future in admin.create_acls(acls).values():
+            future.result(20)
+
+    def no_longer(self, acls: AclBindingFilter) -> None:
+        admin = self._admin()
+        for future in admin.delete_acls([acls]).values():
             future.result(20)
 
     def _admin(self) -> AdminClient:

@@ -101,6 +101,7 @@ def run_adapt(settings: Settings, device: str, threads: int = 0, *, accept_gap: 
             topics=[topics.requests],
             processor=adapt,
             batch_size=settings.adapt.batch_size,
+            batch_keys=settings.adapt.batch_users,
             poll_seconds=settings.adapt.poll_seconds,
             stopping=stopping,
             accept_gap=accept_gap,

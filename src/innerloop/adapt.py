@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from innerloop import metrics
 from innerloop.config import Settings
-from innerloop.errors import ServiceError, SettingsError, StopError
+from innerloop.errors import RetryError, ServiceError, SettingsError, StopError
 from innerloop.holdout import in_hold_out
 from innerloop.learning.ad_scorer import AdLists
 from innerloop.learning.releases import Release, load
@@ -35,7 +35,8 @@ from innerloop.store.activity import ActivityReader
 from innerloop.store.database import Database, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
-from innerloop.streams.publisher import Publisher
+from innerloop.streams.loop import LogEnds
+from innerloop.streams.publisher import Publisher, partition_of
 from innerloop.streams.watch import OutputWatch, owner_headers
 from innerloop.support import Ints, SupportSets, gather
 from innerloop.tracing import NOT_TRACED, Spans, Traces
@@ -43,6 +44,7 @@ from innerloop.tracing import NOT_TRACED, Spans, Traces
 _LOG = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 5.0
 _TASKS_AT_ONCE = 1024
+_USERS_AT_ONCE = 10_000
 _DIGITS, _PRODUCT_DIGITS = 6, 9  # of published scores; a product of two small probabilities is smaller still
 _NUMBERS_BACK = 4 * items.NUMBERS_AT_ONCE
 
@@ -80,6 +82,8 @@ class Adapt:
         self._encode = msgspec.json.Encoder().encode
         self._epochs: dict[int, int] = {}
         self._strangers: dict[str, int] = {}
+        self._unknown: set[int] = set()
+        """Partitions of which requests may be gone, nobody knows which."""
         self._refreshed_at = 0.0
         self._refused: tuple[int, str] | None = None
         self._scorer = Scorer(self._newest_release(), self._device, index_above=settings.adapt.index_above)
@@ -90,35 +94,55 @@ class Adapt:
 
     # --- the loop's contract
 
-    def assigned(self, committed: Mapping[Partition, int | None]) -> Mapping[Partition, int | None]:
-        """Claim for an epoch of our own, and watch the outputs that belong to these partitions."""
+    def assigned(self, committed: Mapping[Partition, int | None], log_ends: LogEnds) -> Mapping[Partition, int | None]:
+        """Claim for an epoch of our own, and watch the outputs that belong to these partitions.
+
+        Never with an older release than there is: the last owner may have published with that, and readers would keep
+        its lists whatever came after. Raises RetryError when it cannot be read here.
+        """
+        self._renew()
+        if self._refused is not None:
+            version, why = self._refused
+            raise RetryError(
+                f"Release {version} cannot be read here ({why}) and whoever had these partitions may have used it: "
+                "mend it, or train again"
+            )
         claims = self._ledger.claim(list(committed))
         numbers = [partition for _, partition in committed]
         self._watch.stop(numbers)
         self._watch.start(numbers)
         self._epochs.update({partition: claim.epoch for (_, partition), claim in claims.items()})
+        # Nobody knows what was answered, and retention may have passed requests: the rest of the log does not tell.
+        new = (partition for partition, offset in committed.items() if offset is None and log_ends(partition)[0] > 0)
+        self._unknown.update(number for _, number in new)
         return dict(committed)
+
+    def stands_at(self, partition: Partition) -> int | None:  # noqa: ARG002
+        """Nothing is stored here."""
+        return None
 
     def revoked(self, partitions: Sequence[Partition]) -> None:
         self._ledger.release(partitions)
         for _, partition in partitions:
             self._epochs.pop(partition, None)
+            self._unknown.discard(partition)
         self._watch.stop([partition for _, partition in partitions])
         self._strangers = {user: at for user, at in self._strangers.items() if at in self._epochs}
 
     def gap(self, partition: Partition, from_offset: int, to_offset: int) -> None:
-        """Record the gap: users whose requests are gone keep their old lists until their next event.
-
-        Raises RetryError.
-        """
+        """Ask again for all users of the partition, whoever's requests are gone; record the gap. Raises RetryError."""
+        self._ask_for_all({partition[1]})
         self._ledger.gap(partition, from_offset, to_offset)
 
     def idle(self) -> None:
         """Look for new items, ads and releases, and answer strangers' records. Raises RetryError."""
         if time.monotonic() - self._refreshed_at > self._settings.adapt.refresh_seconds:
             self._refresh()
+        self._ask_where_unknown()
         self._strangers.update(self._watch.strangers(self._epochs))
         if self._strangers:
+            self._renew()  # a stranger may have used a newer release, and an older answer would not count
+            self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
             self._adapt(self._strangers)
             metrics.REPAIRS.inc(len(self._strangers))
             _LOG.warning("strangers' records answered", users=len(self._strangers))
@@ -128,6 +152,7 @@ class Adapt:
     def handle(self, batch: Batch) -> None:
         """Adapt and publish every user asked for. Raises RetryError and StopError."""
         self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
+        self._ask_where_unknown()
         requests, erased, appended = self._newest(batch)
         with self._traces.spans("innerloop.adapt", batch.trace_parents, len(batch)) as spans:
             self._adapt(requests, erased, spans)
@@ -138,6 +163,33 @@ class Adapt:
         now = time.time()
         for milliseconds in appended:  # those that were coalesced, too: the list published answers all of them
             metrics.EVENT_TO_SCORE.observe(max(0.0, now - milliseconds / 1000))
+
+    # --- where requests are missing
+
+    def _ask_where_unknown(self) -> None:
+        """Before any offset of such a partition is committed: who dies here is followed by one that asks as well."""
+        if self._unknown:
+            self._ask_for_all(self._unknown)
+            self._unknown.clear()
+
+    def _ask_for_all(self, numbers: Collection[int]) -> None:
+        """Send a request for every user whose requests lie on these partitions. Raises RetryError."""
+        self._publisher.flush(0)
+        topic, asked, last = self._settings.topics.requests, 0, ""
+        count, now = self._publisher.partitions(topic), int(time.time() * 1000)
+        while True:
+            with transaction(self._engine) as connection:
+                users = support_sets.users_after(connection, last, _USERS_AT_ONCE)
+            if not users:
+                break
+            for user, version, newest in users:
+                if (number := partition_of(user, count)) in numbers:
+                    request = self._encode(AdaptationRequest(user, version, newest, now))
+                    self._publisher.send(topic, user, request, partition=number)
+                    asked += 1
+            self._publisher.flush(_FLUSH_SECONDS)
+            last = users[-1][0]
+        _LOG.warning("requests are missing, all users asked for", partitions=sorted(numbers), users=asked)
 
     # --- step 1
 
@@ -309,18 +361,25 @@ class Adapt:
         _LOG.info("release loaded", version=release.version, method=release.head.name, items=len(release.item_ids))
         return release
 
-    def _refresh(self) -> None:
-        """New items, ads and activity; a newer release replaces the one in use, an unreadable one leaves it in use."""
+    def _renew(self) -> None:
+        """A newer release replaces the one in use, an unreadable one leaves it in use."""
         with transaction(self._engine) as connection:
             newest = releases.newest(connection)
-        if newest is not None and newest.version > self._scorer.catalogue.release.version:
-            try:
-                self._scorer.use(self._newest_release())
-                metrics.MODEL_VERSION.set(newest.version)
-            except SettingsError as error:
-                if self._refused != (refused := (newest.version, str(error))):  # tried again each time, told once
-                    _LOG.error("newer release refused, the old one stays in use", why=str(error))
-                self._refused = refused
+        if newest is None or newest.version <= self._scorer.catalogue.release.version:
+            self._refused = None
+            return
+        try:
+            self._scorer.use(self._newest_release())
+            metrics.MODEL_VERSION.set(newest.version)
+            self._refused = None
+        except SettingsError as error:
+            if self._refused != (refused := (newest.version, str(error))):  # tried again each time, told once
+                _LOG.error("newer release refused, the old one stays in use", why=str(error))
+            self._refused = refused
+
+    def _refresh(self) -> None:
+        """New items, ads and activity, and a newer release."""
+        self._renew()
         catalogue = self._scorer.catalogue
         with transaction(self._engine) as connection:
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)

@@ -120,8 +120,10 @@ class TrendsSettings(_Section):
 
 
 class AdaptSettings(_Section):
-    batch_size: Positive = 4_096
-    """Most requests in one poll; several for one user are one adaptation."""
+    batch_size: Positive = 32_768
+    """Most requests in one batch; several for one user are one adaptation."""
+    batch_users: Positive = 4_096
+    """About how many different users a batch has at most: it must be done long before `max.poll.interval.ms`."""
     poll_seconds: Seconds = 0.002
     top: Positive = 50
     exclude_seen: bool = False

@@ -5,7 +5,7 @@ The order of every batch, which the guarantees rest on:
 1. decode; what is bad becomes a dead letter
 2. one database transaction: support sets, impressions, ads, and the partition ledger (new items get their numbers just
    before)
-3. produce requests and dead letters
+3. produce dead letters and flush; then produce requests: while dead letters are refused nobody is asked again and again
 4. flush, with nothing undelivered
 5. the loop commits the offsets
 
@@ -36,6 +36,7 @@ from innerloop.store.database import Database, Transaction, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition, Record
 from innerloop.streams.dead_letters import send_dead_letter
+from innerloop.streams.loop import LogEnds
 from innerloop.streams.publisher import Publisher
 from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge, newest
 from innerloop.tracing import Spans, Traces
@@ -107,14 +108,20 @@ class Ingest:
 
     # --- the loop's contract
 
-    def assigned(self, committed: Mapping[Partition, int | None]) -> Mapping[Partition, int | None]:
+    def assigned(self, committed: Mapping[Partition, int | None], log_ends: LogEnds) -> Mapping[Partition, int | None]:
         """Claim, and start where both the broker and the ledger say that everything before is done.
 
         A ledger that knows nothing of the partition starts it at its oldest record: an empty database is rebuilt.
         """
         claims = self._ledger.claim(list(committed))
         self._forget_all()  # the partition's last owner may have written since we read
-        return {partition: _earlier(offset, claims[partition].next_offset) for partition, offset in committed.items()}
+        return {
+            partition: _start(offset, claims[partition].next_offset, partition, log_ends)
+            for partition, offset in committed.items()
+        }
+
+    def stands_at(self, partition: Partition) -> int | None:
+        return self._ledger[partition].next_offset
 
     def revoked(self, partitions: Sequence[Partition]) -> None:
         self._ledger.release(partitions)
@@ -149,8 +156,6 @@ class Ingest:
         if len(events):
             answers.append(self._take_in(events, latest, bad, whole=batch))
         with metrics.STEP_SECONDS.labels("publish").time():
-            for answer in answers:
-                self._request(answer, started, max(0, batch.appended_ms), spans)
             for record, error in bad:
                 send_dead_letter(
                     self._publisher,
@@ -159,6 +164,10 @@ class Ingest:
                     error,
                     group=self._settings.kafka.ingest_group,
                 )
+            if bad:
+                self._publisher.flush(_FLUSH_SECONDS)
+            for answer in answers:
+                self._request(answer, started, max(0, batch.appended_ms), spans)
             self._publisher.flush(_FLUSH_SECONDS)
         _count_done(batch, answers, bad)
 
@@ -442,8 +451,18 @@ def _count_done(batch: Batch, answers: Sequence[_Answer], bad: Sequence[_Bad]) -
         metrics.DEAD_LETTERS.labels(error.reason).inc()
 
 
-def _earlier(committed: int | None, stored: int | None) -> int | None:
-    return None if committed is None or stored is None else min(committed, stored)
+def _start(committed: int | None, stored: int | None, partition: Partition, log_ends: LogEnds) -> int | None:
+    """Where to read from, None for the oldest record.
+
+    Where the broker has forgotten the group, nobody knows whose requests were sent: all that is left is read again. But
+    the ledger's own place has to be in the log, or records that were never stored would be passed in silence.
+    """
+    if stored is None or stored == committed:
+        return stored
+    first, end = log_ends(partition)
+    if not first <= stored <= end:
+        return stored
+    return first if committed is None else max(first, min(committed, stored))
 
 
 def _asked_again(connection: Transaction, users: list[str]) -> tuple[list[str], Ints, Ints]:

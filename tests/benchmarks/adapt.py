@@ -78,7 +78,7 @@ class Bench:
 
     def __init__(self, asked: argparse.Namespace, settings: Settings, folder: Path) -> None:
         self.users = [f"user-{number}" for number in range(asked.users)]
-        self.batch, self.repeats, self.device = settings.adapt.batch_size, asked.repeats, torch.device(asked.device)
+        self.batch, self.repeats, self.device = settings.adapt.batch_users, asked.repeats, torch.device(asked.device)
         self.sequence = asked.sequence
         self.release = random_release(asked.items, settings.learning.dimension)
         engine = connect(settings.database)

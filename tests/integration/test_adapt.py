@@ -112,6 +112,14 @@ class World:
         self.ask(user)
         return wait_for(lambda: next((r for r in self.of(user) if r.support_version == self.given[user]), None))
 
+    def unanswered(self) -> int:
+        """How many requests the group has not committed."""
+        topic, group = self.settings.topics.requests, self.settings.kafka.adapt_group
+        with clients.consumer(self.settings.kafka, group) as consumer:
+            places = [TopicPartition(topic, number) for number in range(self.settings.topics.partitions)]
+            done = consumer.committed(places, timeout=10)
+            return sum(consumer.get_watermark_offsets(each, 10)[1] - max(each.offset, 0) for each in done)
+
     def send(self, topic: str, key: str | bytes, value: bytes | None, epoch: str | None) -> None:
         """Write to a score topic by hand, on the partition of the key."""
         partition = murmur2(key if isinstance(key, bytes) else key.encode(), self.settings.topics.partitions)
@@ -549,6 +557,36 @@ def test_an_item_met_early_does_not_hide_those_numbered_below_it(world: World) -
     made[0]._adapt({"u": 0})
     made[0]._refresh()
     assert len(made[0]._scorer.catalogue) == ITEMS + len(names)
+
+
+def test_many_requests_of_few_users_cost_few_adaptations(world: World) -> None:
+    """The newest of each user is kept over all that waits on a partition, not over a poll's few thousand."""
+    partitions = world.settings.topics.partitions
+    users = [user for n in range(4_000) if murmur2((user := f"u{n}").encode(), partitions) == 0][:500]
+    world.give_many(users)
+    world.ask(*users * 40)
+    before = metrics.ADAPTED._value.get()
+    with running(with_adapt(world.settings, poll_seconds=2.0)):
+        wait_for(lambda: world.last_is_newest(world.settings.topics.recommendations), 60)
+        wait_for(lambda: world.unanswered() == 0, 60)
+    assert metrics.ADAPTED._value.get() - before <= 1_000
+
+
+def test_a_batch_is_bounded_by_its_users(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has to be done long before the group takes the partitions away."""
+    users, sizes, original = [f"u{n}" for n in range(2_000)], list[int](), Adapt._adapt
+
+    def noted(self: Adapt, partitions: Any, *args: Any) -> None:
+        sizes.append(len(partitions))
+        original(self, partitions, *args)
+
+    monkeypatch.setattr(Adapt, "_adapt", noted)
+    world.give_many(users)
+    world.ask(*users)
+    with running(with_adapt(world.settings, poll_seconds=1.0, batch_users=100)):
+        wait_for(lambda: world.last_is_newest(world.settings.topics.recommendations), 60)
+    assert sum(sizes) == len(users)
+    assert max(sizes) <= 126
 
 
 # --- what stops it

@@ -24,6 +24,7 @@ from innerloop.streams import clients
 from innerloop.streams.batch import Record
 from innerloop.streams.dead_letter_queue import DeadLetterQueue, Replayer
 from innerloop.streams.dead_letters import send_dead_letter
+from innerloop.streams.offsets import end_offsets
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics
 from innerloop.worker import dlq, processes
@@ -454,6 +455,25 @@ def test_while_the_dead_letter_topic_is_away_the_partition_pauses_and_nothing_is
     values = [letter.value() for letter in world.letters()]
     assert values
     assert set(values) == {b"bad" * 100}, "perhaps more than once, never none"
+
+
+def test_while_dead_letters_are_refused_nobody_is_asked_again_and_again(world: World) -> None:
+    """A refusal comes at once, and the batch is done again twice a second, with all its users."""
+    with ingesting(world.settings) as thread:
+        world.send(click(0))
+        until(lambda: _committed(world) == 1, "committed", thread)
+        _configure(world, "max.message.bytes", "100")
+        before = end_offsets(world.settings, [world.settings.topics.requests])
+        world.send(b"bad" * 100)
+        world.send(click(1))
+        pauses = metrics.PAUSES._value.get()
+        until(lambda: metrics.PAUSES._value.get() > pauses + 3, "pauses", thread)
+        until(lambda: world.stored() == 2, "stored", thread)
+        assert end_offsets(world.settings, [world.settings.topics.requests]) == before
+        _configure(world, "max.message.bytes", "1000000")
+        until(lambda: _committed(world) == 3, "goes on", thread)
+    after = end_offsets(world.settings, [world.settings.topics.requests])
+    assert sum(after.values()) == sum(before.values()) + 1
 
 
 def _configure(world: World, name: str, value: str) -> None:

@@ -165,6 +165,30 @@ def test_a_reload_after_somebody_elses_claim_is_fenced(engine: Engine) -> None:
         ledger.reload()
 
 
+def test_a_reload_of_a_row_that_is_gone_is_fenced(engine: Engine) -> None:
+    ledger = Ledger(engine, IDS)
+    ledger.claim([FIRST])
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM partition_ledger"))
+    with pytest.raises(FencedError, match=r"clicks\[0\]"):
+        ledger.reload()
+
+
+@pytest.mark.parametrize("code", ["25006", "53100", "53200", "53300", "53400", "57P05", "58030", "08006"])
+def test_what_a_server_in_trouble_says_is_waited_out(engine: Engine, code: str) -> None:
+    with pytest.raises(RetryError, match="trouble"), transaction(engine) as connection:
+        connection.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'trouble' USING ERRCODE = '{code}'; END $$")
+
+
+def test_a_primary_that_became_read_only_is_waited_out(engine: Engine) -> None:
+    """After a failover a connection may lead to what is now a standby."""
+    with engine.begin() as connection:
+        connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+    with pytest.raises(RetryError, match="read-only"):
+        Ledger(engine, IDS).claim([FIRST])
+    assert Ledger(engine, IDS).claim([FIRST])[FIRST].epoch == 1, "by a new connection"
+
+
 def test_a_database_that_is_away_is_tried_again() -> None:
     away = connect(DatabaseSettings(url="postgresql://u:p@127.0.0.1:1/d"))
     with pytest.raises(RetryError, match="database is away"):

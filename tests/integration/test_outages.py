@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from shell import outer_environment
 from structlog.testing import capture_logs
 from test_ingest import (
@@ -286,19 +285,74 @@ def test_a_commit_that_the_broker_refuses_is_made_again_without_further_traffic(
     check(small, events)
 
 
+class _Stubborn:
+    """A consumer that at first does not pause, and then refuses to seek."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer, self.pauses, self.refused = consumer, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        self.pauses += 1
+        if self.pauses > 1:
+            self._consumer.pause(partitions)
+
+    def seek(self, place: TopicPartition) -> None:
+        if self.refused < 3:
+            self.refused += 1
+            raise KafkaException(KafkaError(KafkaError._STATE))
+        self._consumer.seek(place)
+
+
+def test_what_comes_in_a_pause_and_cannot_be_sought_is_read_again(small: Settings) -> None:
+    events = events_of(400)
+    send(small, events)
+    stubborn: list[_Stubborn] = []
+
+    def prepared(member: Member) -> None:
+        stubborn.append(_Stubborn(member.loop._consumer))
+        member.loop._consumer = stubborn[0]  # type: ignore[assignment]
+        original, calls = member.ledger.advance, itertools.count()
+
+        def advance(*arguments: Any) -> None:
+            if next(calls) == 1:
+                raise RetryError("the database is away, says the test")
+            original(*arguments)
+
+        member.ledger.advance = advance  # type: ignore[method-assign, assignment]
+
+    with Member(small, prepared) as member:
+        member.caught_up()
+    assert stubborn[0].refused > 0
+    check(small, events)
+
+
 # --- gaps
 
 
-def _with_a_gap(settings: Settings) -> list[dict[str, Any]]:
-    """20 events handled, 25 deleted unseen, 15 to come."""
+def _with_a_gap(settings: Settings, first: int = 45) -> list[dict[str, Any]]:
+    """20 of 60 events handled, and those before `first` deleted: 25 that nobody has seen."""
     events = events_of(60, kinds=("click",))
     send(settings, events[:20], 2)
     run(settings)
     send(settings, events[20:], 2)
     admin = clients.admin(settings.kafka)
-    [deleted] = admin.delete_records([TopicPartition(settings.topics.clicks, 2, 45)]).values()
+    [deleted] = admin.delete_records([TopicPartition(settings.topics.clicks, 2, first)]).values()
     deleted.result()
     return events
+
+
+def _forget_the_group(settings: Settings) -> None:
+    """As the broker does with a group that nobody was in for offsets.retention.minutes."""
+    admin = clients.admin(settings.kafka)  # a client that is collected takes its answers along
+    [deleted] = admin.delete_consumer_groups([settings.kafka.ingest_group]).values()
+    deleted.result()
+
+
+def _gaps(settings: Settings) -> list[tuple[int, int]]:
+    return [(gap.from_offset, gap.to_offset) for gap in query(settings, "SELECT * FROM partition_gaps")]
 
 
 def test_a_gap_is_passed_only_when_told_and_is_recorded(small: Settings, tmp_path: Path) -> None:
@@ -318,6 +372,46 @@ def test_a_gap_is_passed_only_when_told_and_is_recorded(small: Settings, tmp_pat
     check(small, events[:20] + events[45:])
 
 
+def test_a_group_that_the_broker_forgot_passes_no_gap_in_silence(small: Settings) -> None:
+    """The ledger alone knows then what is missing."""
+    events = _with_a_gap(small)
+    _forget_the_group(small)
+    with Member(small) as member:
+        error = member.has_left()
+    assert isinstance(error, StopError)
+    assert "offset 20" in str(error)
+    assert "--accept-gap" in str(error)
+    with Member(small, _accepting) as member:
+        member.caught_up()
+    assert _gaps(small) == [(20, 45)]
+    check(small, events[:20] + events[45:])
+
+
+@pytest.mark.parametrize("back", [None, 5])
+def test_what_retention_took_of_what_is_stored_is_no_gap(small: Settings, back: int | None) -> None:
+    """The broker's offset lies before the log, or is forgotten; the ledger stands inside the log."""
+    events = _with_a_gap(small, 15)
+    if back is None:
+        _forget_the_group(small)
+    else:
+        reset(small, {(small.topics.clicks, 2): back})
+    with Member(small) as member:
+        member.caught_up()
+        member.has_handled(45)
+        assert member.handled == 45, "also what is stored and still there: its requests may not have been sent"
+    assert _gaps(small) == []
+    check(small, events)
+
+
+def test_a_gap_begins_where_the_ledger_stands(small: Settings) -> None:
+    events = _with_a_gap(small)
+    reset(small, {(small.topics.clicks, 2): 5})
+    with Member(small, _accepting) as member:
+        member.caught_up()
+    assert _gaps(small) == [(20, 45)]
+    check(small, events[:20] + events[45:])
+
+
 def _accepting(member: Member) -> None:
     member.loop._accept_gap = True
 
@@ -330,7 +424,7 @@ def test_a_gap_met_again_after_a_crash_is_recorded_once(small: Settings) -> None
     reset(small, {(small.topics.clicks, 2): 20})  # as though the commit had been lost
     with Member(small, _accepting) as member:
         until(lambda: member.error is not None or committed(small) == ends(small), "goes on")
-    assert [(gap.from_offset, gap.to_offset) for gap in query(small, "SELECT * FROM partition_gaps")] == [(20, 45)]
+    assert _gaps(small) == [(20, 45)]
     check(small, events[:20] + events[45:])
 
 
@@ -353,12 +447,16 @@ def test_a_gap_waits_for_a_database_that_is_away(small: Settings, monkeypatch: p
     check(small, events[:20] + events[45:])
 
 
-def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings) -> None:
-    """An unclean election, or a restored broker: nothing between the log's start and its end is ours to skip."""
+@pytest.mark.parametrize("committed_at", [30, 20, 10])
+def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings, committed_at: int) -> None:
+    """An unclean election, or a restored broker: nothing between the log's start and its end is ours to skip.
+
+    Nor would what comes there next be new to the ledger, wherever the broker has the group.
+    """
     events = events_of(20, kinds=("click",))
     send(small, events, 2)
     run(small)
-    reset(small, {(small.topics.clicks, 2): 30})
+    reset(small, {(small.topics.clicks, 2): committed_at})
     engine = connect(small.database)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE partition_ledger SET next_offset = 30 WHERE next_offset = 20")
@@ -414,38 +512,32 @@ def test_a_deep_lag_takes_bounded_memory_and_fewer_requests(small: Settings, tmp
 def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
     small: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = with_ingest(small, batch_size=1_000, cached_users=2_000)
+    """What is fetched ahead stands in one queue: a flood must not fill it before everybody else's records."""
+    settings, flood = with_ingest(small, batch_size=1_000, cached_users=2_000), 60_000
     others = [{**event, "user_id": f"other{n}"} for n, event in enumerate(events_of(200, kinds=("click",)))]
-    sent, stop = itertools.count(), threading.Event()
-
-    def flood() -> None:
-        while not stop.is_set():
-            send(settings, [{**others[0], "event_id": f"bot{next(sent)}", "user_id": "bot"} for _ in range(500)])
-
-    thread = threading.Thread(target=flood)
+    send(settings, [{**others[0], "event_id": f"bot{n}", "user_id": "bot"} for n in range(flood)], 0)
+    its, batches, worked_off, left = (settings.topics.clicks, 0), list[int](), 0, len(others)
     with Member(settings) as member:
-        batches: list[int] = []
         handle = member.ingest.handle
 
         def counted(batch: Any) -> None:
+            nonlocal worked_off, left
             handle(batch)
+            if not batches:
+                time.sleep(1.0)  # as much is fetched as ever will be
+                for n, event in enumerate(others):
+                    send(settings, [event], 1 + n % 3)
             batches.append(len(batch))
+            left -= sum(partition != its for partition in batch.partitions)
+            worked_off = batch.next_offsets.get(its, worked_off) if left else worked_off
 
         monkeypatch.setattr(member.ingest, "handle", counted)
-        thread.start()
-        try:
-            member.has_handled(3_000)
-            send(settings, others)
-            wanted = {event["user_id"] for event in others}
-            until(lambda: member.error is not None or wanted <= stored(settings)[0].keys(), "others are stored")
-            assert thread.is_alive(), "while the flood goes on"
-        finally:
-            stop.set()
-            thread.join()
+        until(lambda: member.error is not None or left == 0, "others are handled")
         member.caught_up()
         asked = requests(settings)
         assert {len(each) for user, each in asked.items() if user != "bot"} == {1}
         assert len(asked["bot"]) <= len(batches)
+    assert worked_off < flood - 10_000, "others are handled long before the flood is"
     assert len(stored(settings)[0]["bot"]) == settings.support.capacity
 
 

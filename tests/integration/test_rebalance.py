@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
-from test_ingest import Member, check, committed, ends, events_of, send, shrunk, until
+from structlog.testing import capture_logs
+from test_ingest import Member, check, committed, ends, events_of, ledger, send, shrunk, until
 
 from innerloop.config import Settings
+from innerloop.store.database import connect
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import Loop
 from innerloop.worker import pool, processes
@@ -115,6 +117,39 @@ def test_partitions_that_stay_are_handled_all_through_a_rebalance(
         stayed = set.union(*(before[each][0] for each in (first, second))) & set(third.handled)
         assert stayed <= {p for each in (first, second) for _, told in each.told for p in told}
     check(settings, sent, ordered=False)
+
+
+def test_a_claim_that_somebody_holds_up_holds_up_nobody_else(small: Settings) -> None:
+    """As a frozen process would, with a row of the ledger locked: the others' partitions go on, and two lines tell."""
+    events = events_of(200, kinds=("click",))
+    for number in range(4):
+        send(small, events[10 * number : 10 * number + 10], number)
+    with Member(small) as member:
+        member.caught_up()
+        until(lambda: committed(small) == ends(small), "committed")
+    stuck, engine = (small.topics.clicks, 1), connect(small.database)
+    with capture_logs() as lines, Member(small) as member:
+        with engine.begin() as owner:
+            held = "SELECT * FROM partition_ledger WHERE topic = %s AND partition = 1 FOR UPDATE"
+            owner.exec_driver_sql(held, (small.topics.clicks,))
+            member.joined()
+            for number in range(4):
+                for at in range(4):  # one after the other
+                    first = 40 + 40 * number + 10 * at
+                    send(small, events[first : first + 10], number)
+                    wanted = 10 + 10 * (at + 1)
+                    if number != stuck[1]:
+                        until(lambda: ledger(small)[small.topics.clicks, number] == wanted, "others go on")  # noqa: B023
+            time.sleep(2.0)
+            assert not member.loop.joined
+            assert ledger(small)[stuck] == 10
+        member.caught_up()
+        assert member.loop.joined
+    engine.dispose()
+    check(small, events)
+    assert [line["event"] for line in lines if line["event"].startswith("paused")] == []
+    told = [line["event"] for line in lines if line["event"].startswith("not claimed")]
+    assert 1 <= len(told) <= 4, told
 
 
 def test_a_static_member_that_is_back_within_its_session_moves_nothing(small: Settings) -> None:

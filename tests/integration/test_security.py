@@ -17,7 +17,15 @@ import psycopg2
 import pytest
 import typer
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import NewTopic
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    NewTopic,
+    ResourcePatternType,
+    ResourceType,
+)
 from secured import (
     ADMINISTRATOR,
     KEY_PASSWORD,
@@ -35,7 +43,7 @@ from shell import Result, Shell, outer_environment
 
 from innerloop.client import newest
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings
-from innerloop.errors import RetryError, ServiceError, SettingsError
+from innerloop.errors import RetryError, ServiceError, SettingsError, StopError
 from innerloop.evaluation.shop import Shop
 from innerloop.store.database import connect, require_tables, transaction
 from innerloop.store.migrate import grant, migrate
@@ -43,6 +51,7 @@ from innerloop.store.tables import metadata
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.watch import OutputWatch
 from innerloop.worker.cli import app
 
 CANARIES = (PASSWORD, KEY_PASSWORD, "canary-of-an-ssl-password")
@@ -180,6 +189,32 @@ def test_nor_may_the_kafka_user(secured: Secured) -> None:
     producer.produce(settings.topics.clicks, b"an event of its own")
     producer.flush(10)
     assert [error.code() for error in refused] == [KafkaError.TOPIC_AUTHORIZATION_FAILED]
+
+
+def starts(watch: OutputWatch) -> bool:
+    try:
+        watch.start([0])
+    except RetryError:  # a group that is new has no coordinator for a moment
+        return False
+    return True
+
+
+def test_a_watch_that_may_not_read_is_no_watch_and_says_so(secured: Secured) -> None:
+    """Without READ on the scores a sleeping worker's lists would stay the last, and nobody would know."""
+    settings = secured.settings()
+    topic = settings.topics.recommendations
+    watch = OutputWatch(settings.kafka, group="innerloop-adapt-watch", topics=[topic])
+    wait_for(lambda: starts(watch))
+    place = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL)
+    secured.kafka.allow([AclBinding(*place, f"User:{USER}", "*", AclOperation.READ, AclPermissionType.DENY)])
+    try:
+        with pytest.raises(StopError, match=f"watch {topic}.*OPERATIONS.md"):
+            wait_for(lambda: watch.strangers({0: 1}))
+    finally:
+        secured.kafka.no_longer(
+            AclBindingFilter(*place, f"User:{USER}", "*", AclOperation.READ, AclPermissionType.DENY)
+        )
+        watch.close()
 
 
 def test_migrate_is_for_the_owner_alone(shell: Shell) -> None:

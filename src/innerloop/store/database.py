@@ -28,9 +28,24 @@ Transaction = Connection
 FROZEN_SECONDS = 20.0
 """A session that is in a transaction and says nothing for so long is ended by the server."""
 
-# Deadlock, serialization failure, lock timeout, query cancelled, a transaction that said nothing for too long: the same
-# transaction may pass the next time.
-_PASSING = {"40P01", "40001", "55P03", "57014", "57P01", "57P02", "57P03", "53300", "25P03"}
+# The same transaction may pass the next time: https://www.postgresql.org/docs/current/errcodes-appendix.html.
+_PASSING = {
+    "25006",  # read-only: a standby, or a primary that has just become one
+    "25P03",  # a transaction that said nothing for too long
+    "40001",  # serialization failure
+    "40P01",  # deadlock
+    "53100",  # disk full
+    "53200",  # out of memory
+    "53300",  # too many connections
+    "53400",  # a limit of the server's configuration
+    "55P03",  # lock timeout
+    "57014",  # query cancelled
+    "57P01",  # the server shuts down,
+    "57P02",  # has crashed,
+    "57P03",  # or starts
+    "57P05",  # a session that said nothing for too long
+    "58030",  # I/O error
+}
 _NOT_ALLOWED, _NO_ROLE = "42501", "42704"
 _PORT = 5432
 _DEFAULT_AUTHORITIES = "~/.postgresql/root.crt"

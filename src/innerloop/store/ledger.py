@@ -21,6 +21,8 @@ Partition = tuple[str, int]
 
 OWNER = f"{socket.gethostname()}:{os.getpid()}"
 
+# Whoever holds a partition's row is at work, or frozen: then the server lets go of it, and we ask again until it does.
+_CLAIM_WAITS = text("SET LOCAL lock_timeout = '500ms'")
 _CLAIM = text("""
     INSERT INTO partition_ledger AS l (topic, topic_id, partition, owner_epoch, owner)
     VALUES (:topic, :topic_id, :partition, 1, :owner)
@@ -71,6 +73,7 @@ class Ledger:
         """Take over `partitions`: whoever held them before can no longer write. Raises RetryError."""
         claims = {}
         with transaction(self._engine) as connection:
+            connection.execute(_CLAIM_WAITS)
             for topic, partition in sorted(partitions):
                 topic_id = self._topic_ids[topic]
                 values = {"topic": topic, "topic_id": topic_id, "partition": partition, "owner": OWNER}
@@ -135,7 +138,7 @@ class Ledger:
         with transaction(self._engine) as connection:
             for (topic, partition), claim in list(self._claims.items()):
                 values = {"topic": topic, "topic_id": claim.topic_id, "partition": partition}
-                epoch, next_offset = connection.execute(query, values).one()
-                if epoch != claim.epoch:
+                row = connection.execute(query, values).one_or_none()
+                if row is None or row.owner_epoch != claim.epoch:
                     raise FencedError(f"Another process owns {topic}[{partition}] now; it will redo this batch.")
-                self._claims[topic, partition] = Claim(claim.topic_id, epoch, next_offset)
+                self._claims[topic, partition] = Claim(claim.topic_id, claim.epoch, row.next_offset)

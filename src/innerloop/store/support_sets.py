@@ -115,6 +115,18 @@ def read(
     return decode(stream.getbuffer())
 
 
+def users_after(connection: Connection, user: str, most: int) -> list[tuple[str, int, int]]:
+    """The next users behind `user`, in the table's order, at most so many: identifier, version, newest event."""
+    cursor = cursor_of(connection)
+    cursor.execute(
+        "SELECT user_id, version, coalesce(event_times[cardinality(event_times)], 0) FROM support_sets"
+        " WHERE user_id > %s ORDER BY user_id LIMIT %s",
+        (user, most),
+    )
+    found: list[tuple[str, int, int]] = cursor.fetchall()
+    return found
+
+
 def encode(users: list[str], sets: SupportSets, versions: Ints) -> bytes:
     """The COPY stream of a batch. Elements are encoded a column at a time, rows are joined from slices."""
     columns = [_elements(column, sets.examples[column.field]) for column in _COLUMNS]

@@ -17,6 +17,8 @@ from innerloop.streams.waiting import Repeats
 
 Client = TypeVar("Client")
 Value = str | int | float | bool
+FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
+"""Codes that say that a consumer lacks an ACL."""
 _LOOK_SECONDS = 0.5
 _LOG = logging.getLogger("librdkafka")
 _LOG.addFilter(Repeats())
@@ -117,7 +119,10 @@ def consumer(
         "max_poll_interval_ms": 300_000,
         # Deep enough to keep a batch ready, bounded so that lag costs disk at the broker and not memory here.
         "queued_max_messages_kbytes": 65_536,
-        "queued_min_messages": 100_000,
+        # Of each partition. What is fetched of all of them stands in one queue: a flood of one of them stands with so
+        # many records before everybody else's, and with an answer to a fetch, whose bytes are counted compressed.
+        "queued_min_messages": 20_000,
+        "fetch_message_max_bytes": 262_144,
         "fetch_wait_max_ms": 100,
         # How long a full queue waits before it asks again: librdkafka's second would let the queue run empty.
         "fetch_queue_backoff_ms": 5,

@@ -1,10 +1,12 @@
 """The consumer loop: polls, hands batches to a processor, commits offsets behind it, and survives outages.
 
 What a processor may rely on:
-- `assigned` is called before any record of a partition is handed over, and decides where reading starts.
+- `assigned` is called before any record of a partition is handed over, and decides where reading starts: at an offset
+  that the log does not hold, there is a gap.
 - `handle` returns only when everything that follows from the batch is stored and replicated. Only then are the
   batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
-- RetryError from either: the partitions are paused, polling goes on (no rebalance), and the same call is made again.
+- RetryError from either: polling goes on (no rebalance), and the same call is made again. From `handle` all partitions
+  are paused meanwhile; a partition that could not be assigned waits alone.
 - `revoked` is called after the last batch of those partitions, when their offsets are committed.
 - `gap` is called only when gaps are accepted: a partition's records before `to_offset` are gone, and reading goes on
   there as soon as it returns.
@@ -34,15 +36,24 @@ _NOT_JOINED = (
     "the broker has given it no partitions yet: is it there, does this user have READ on the group and its topics, "
     "and, with kafka.group_protocol consumer, is it Kafka 4.0 or newer?"
 )
+_ENDS_SECONDS = 2.0
+"""How long one partition without a leader may hold up the others."""
 _LAST_COMMIT_SECONDS = 1.5
 """How long a stop waits for the broker to take the last offsets: what it does not take is read again."""
+
+
+LogEnds = Callable[[Partition], tuple[int, int]]
+"""The oldest offset of a partition that the broker still has, and the next one it will give. Raises RetryError."""
 
 
 class Processor(Protocol):
     """What the loop drives; see the module's contract."""
 
-    def assigned(self, committed: Mapping[Partition, int | None]) -> Mapping[Partition, int | None]:
+    def assigned(self, committed: Mapping[Partition, int | None], log_ends: LogEnds) -> Mapping[Partition, int | None]:
         """Take over partitions with these committed offsets; where to start each, None for the oldest record."""
+
+    def stands_at(self, partition: Partition) -> int | None:
+        """The first offset that is not in its store, None where it keeps no such account."""
 
     def revoked(self, partitions: Sequence[Partition]) -> None: ...
 
@@ -70,23 +81,33 @@ class Loop:
         stopping: Callable[[], bool],
         accept_gap: bool = False,
         instance: str | None = None,
+        batch_keys: int | None = None,
     ) -> None:
-        """`instance` is the name of a static member (KIP-345): one that comes back within its session moves nothing."""
+        """`instance` is the name of a static member (KIP-345): one that comes back within its session moves nothing.
+
+        `batch_keys` bounds how many different keys a batch has, to about a quarter more than that.
+        """
         self._group, self._topics, self._processor = group, list(topics), processor
         self._batch_size, self._poll_seconds, self._stopping = batch_size, poll_seconds, stopping
+        self._batch_keys = batch_keys
         # A start below the log's beginning means that retention has passed us: that is for a person to decide.
         own: dict[str, clients.Value] = {} if instance is None else {"group_instance_id": instance}
         self._consumer: Consumer = clients.consumer(
             settings, group, on_commit=self._on_commit, auto_offset_reset="error", **own
         )
         self._owned: set[Partition] = set()
-        self._unclaimed: set[Partition] = set()
+        self._unclaimed: list[Partition] = []
+        self._claimed_at = 0.0
+        """When it was last tried to claim them."""
         self._done: dict[Partition, int] = {}
         self._committed_at = 0.0
         self._committing = 0
         self._accept_gap = accept_gap
         self._gaps: dict[Partition, int] = {}
+        self._passed_at = 0.0
+        """When it was last tried in vain to pass them."""
         self._outage, self._uncommitted = Waiting("paused"), Waiting("offsets not committed", patience=5.0)
+        self._claiming, self._passing = Waiting("not claimed"), Waiting("gap not passed")
         self._joining = Waiting("not in its group", patience=_JOIN_SECONDS)
         self._left = False
         self.turned_at = time.monotonic()
@@ -144,11 +165,24 @@ class Loop:
             first = self._consumer.poll(_IDLE_SECONDS)
             if first is None:
                 return Batch([])
-            rest = self._consumer.consume(self._batch_size - 1, self._poll_seconds) if self._batch_size > 1 else []
-        messages = [first, *rest]
+            messages = [first, *self._take(self._batch_size - 1)]
         if [1 for message in messages if message.error() is not None]:
             messages = [message for message in messages if not self._is_error(message)]
         return Batch(messages).keeping(self._is_claimed)
+
+    def _take(self, most: int) -> list[Message]:
+        if self._batch_keys is None:
+            return self._consumer.consume(most, self._poll_seconds) if most else []
+        keys: set[bytes | None] = set()
+        taken: list[Message] = []
+        while len(taken) < most and len(keys) < self._batch_keys:
+            portion = min(most - len(taken), max(1, self._batch_keys // 4))
+            some = self._consumer.consume(portion, self._poll_seconds)
+            taken += some
+            if len(some) < portion:
+                break
+            keys.update(message.key() for message in some)
+        return taken
 
     def _is_claimed(self, partition: Partition) -> bool:
         return partition in self._owned and partition not in self._unclaimed
@@ -164,7 +198,7 @@ class Loop:
             return True
         if error.code() in _MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
-        if error.code() in _FORBIDDEN:
+        if error.code() in clients.FORBIDDEN:
             raise StopError(
                 f"Kafka does not let this user read {message.topic() or 'the topics'} in group {self._group} "
                 f"({error.str()}): give it the ACLs that deploy/OPERATIONS.md lists."
@@ -215,14 +249,24 @@ class Loop:
             self._turned()
             message = self._consumer.poll(min(left, _IDLE_SECONDS))
             if message is not None and not self._is_error(message):
-                # Fetched before the pause took hold: read it again later.
-                self._consumer.seek(
-                    TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
-                )
+                self._put_back(message)
         return True
 
+    def _put_back(self, message: Message) -> None:
+        """Fetched before the pause took hold: read it again later."""
+        place = TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
+        if (place.topic, place.partition) not in self._owned:
+            return
+        try:
+            self._consumer.seek(place)
+        except KafkaException:
+            # Fetching has not begun or has ended; without this record in the next batch its offset would be passed.
+            self._consumer.incremental_unassign([place])
+            self._consumer.incremental_assign([place])
+            self._consumer.pause([place])
+
     def _resume(self) -> None:
-        self._consumer.resume(self._partitions(self._owned - self._unclaimed))
+        self._consumer.resume(self._partitions(self._owned.difference(self._unclaimed)))
 
     def _idle(self) -> None:
         try:
@@ -278,33 +322,40 @@ class Loop:
     # --- gaps
 
     def _pass_gaps(self) -> None:
-        """Where the log does not hold the record wanted: go on behind the gap, recorded first, or stop."""
+        """Where the log does not hold the record wanted: go on behind the gap, recorded first, or stop.
+
+        Such a partition brings nothing; the others' records are handled while it waits.
+        """
+        if not self._gaps or time.monotonic() < self._passed_at + _RETRY_SECONDS:
+            return
         for partition, wanted in list(self._gaps.items()):
             try:
                 self._pass_gap(partition, wanted)
             except (RetryError, KafkaException) as error:
-                self._away(error)
-                self._wait()
+                self._passing.goes_on(str(error), partition=_name(partition))
+                metrics.PAUSES.inc()
+                self._passed_at = time.monotonic()
                 return
             self._gaps.pop(partition, None)
-            self._recovered()
+        self._passing.ends()
 
     def _pass_gap(self, partition: Partition, wanted: int) -> None:
-        first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), timeout=10.0)
+        first, end = self._log_ends(partition)
         if wanted > end:
             raise StopError(
                 f"{_name(partition)} ends at offset {end}, before the next record this worker needs, {wanted}: the "
                 "broker has lost records that were handled here, which no gap explains. Nothing was skipped."
             )
-        if wanted < first and not self._accept_gap:
+        missing = max(wanted, self._processor.stands_at(partition) or 0)  # what is stored is not needed any more
+        if missing < first and not self._accept_gap:
             raise StopError(
-                f"{_name(partition)} no longer holds the next record this worker needs, offset {wanted}: retention has "
-                f"passed it, and what lay before offset {first} is gone. Nothing was skipped. To go on with what there "
-                "is, and have the gap recorded, start once with --accept-gap."
+                f"{_name(partition)} no longer holds the next record this worker needs, offset {missing}: retention "
+                f"has passed it, and what lay before offset {first} is gone. Nothing was skipped. To go on with what "
+                "there is, and have the gap recorded, start once with --accept-gap."
             )
-        if wanted < first:
-            self._processor.gap(partition, wanted, first)
-            _LOG.warning("gap accepted", partition=_name(partition), from_offset=wanted, to_offset=first)
+        if missing < first:
+            self._processor.gap(partition, missing, first)
+            _LOG.warning("gap accepted", partition=_name(partition), from_offset=missing, to_offset=first)
         start = max(wanted, first)
         # A partition whose fetching has failed cannot be sought in.
         place = [TopicPartition(*partition, start)]
@@ -312,6 +363,14 @@ class Loop:
         self._consumer.incremental_assign(place)
         self._consumer.resume(place)
         self._done[partition] = max(start, self._done.get(partition, 0))
+
+    def _log_ends(self, partition: Partition) -> tuple[int, int]:
+        try:
+            first, end = self._consumer.get_watermark_offsets(TopicPartition(*partition), _ENDS_SECONDS)
+        except KafkaException as error:
+            why = error.args[0].str()
+            raise RetryError(f"The broker does not tell where {_name(partition)} ends: {why}") from error
+        return first, end
 
     # --- rebalance
 
@@ -326,12 +385,12 @@ class Loop:
         try:
             starts = self._claim(partitions)
         except RetryError as error:
-            self._away(error)
+            self._not_claimed(partitions, error)
             # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
             waiting = [TopicPartition(p.topic, p.partition, OFFSET_BEGINNING) for p in assigned]
             consumer.incremental_assign(waiting)
             consumer.pause(waiting)
-            self._unclaimed.update(partitions)
+            self._unclaimed += partitions
         else:
             places = self._partitions(partitions, starts)
             consumer.incremental_assign(places)
@@ -346,24 +405,34 @@ class Loop:
         except KafkaException as error:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
         committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
-        starts = self._processor.assigned(committed)
+        starts = self._processor.assigned(committed, self._log_ends)
         return {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
 
     def _claim_again(self) -> None:
-        """Claim what could not be claimed when it was assigned."""
-        if not self._unclaimed:
+        """Claim what could not be claimed when it was assigned, one by one; the others' records are handled meanwhile.
+
+        A frozen owner may hold some partitions and not all; which they are is not known.
+        """
+        if not self._unclaimed or time.monotonic() < self._claimed_at + _RETRY_SECONDS:
             return
-        try:
-            starts = self._claim(sorted(self._unclaimed))
-            for partition in self._partitions(starts, starts):
-                self._consumer.seek(partition)
-        except (RetryError, KafkaException) as error:
-            self._away(error)
-            self._wait()
-            return
-        self._unclaimed.clear()
-        self._outage.ends()
-        self._resume()
+        while self._unclaimed:
+            try:
+                starts = self._claim(self._unclaimed[:1])
+                self._consumer.seek(*self._partitions(starts, starts))
+            except (RetryError, KafkaException) as error:
+                self._not_claimed(self._unclaimed, error)
+                self._unclaimed = self._unclaimed[1:] + self._unclaimed[:1]  # the next time another one is first
+                break
+            self._unclaimed = self._unclaimed[1:]
+        else:
+            self._claiming.ends()
+        if not self._outage.waits:
+            self._resume()
+
+    def _not_claimed(self, partitions: Sequence[Partition], error: Exception) -> None:
+        self._claiming.goes_on(str(error), partitions=_names(partitions))
+        metrics.PAUSES.inc()
+        self._claimed_at = time.monotonic()
 
     def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
         if self._left:
@@ -388,7 +457,11 @@ class Loop:
             self._gaps.pop(partition, None)
         self._owned.difference_update(partitions)
         metrics.PARTITIONS.set(len(self._owned))
-        self._unclaimed.difference_update(partitions)
+        self._unclaimed = [each for each in self._unclaimed if each not in partitions]
+        if not self._unclaimed:
+            self._claiming.ends()
+        if not self._gaps:
+            self._passing.ends()
         self._processor.revoked(partitions)
 
     @staticmethod
@@ -398,7 +471,6 @@ class Loop:
         return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
 
 
-_FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}
 _MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 
 

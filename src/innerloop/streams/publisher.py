@@ -1,14 +1,23 @@
 """Produces records, and knows whether they have arrived."""
 
+import time
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException, Message, murmur2
 
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
 
 Headers = list[tuple[str, str | bytes | None]]
+_ROOM_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
+_ANSWER_SECONDS = 5.0
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Where a producer puts a record with this key."""
+    return murmur2(key.encode(), partitions)
 
 
 class Publisher:
@@ -35,19 +44,36 @@ class Publisher:
         headers: Headers | None = None,
         partition: int = -1,
     ) -> None:
-        """Queue one record; waits for room when the queue is full. `partition` -1 lets the key decide."""
+        """Queue one record; `partition` -1 lets the key decide.
+
+        Waits for room when the queue is full, and raises RetryError when there is none for 5 s.
+        """
+        until = None
         while True:
             try:
                 self._producer.produce(topic, value, key, partition=partition, headers=headers)
             except BufferError:
-                if self._producer.poll(1.0) == 0 and self._failure is None:
-                    continue
+                now = time.monotonic()
+                until = until or now + _ROOM_SECONDS
+                self._producer.poll(_LOOK_SECONDS)  # says nothing of records that have arrived
+                if self._failure is not None:
+                    self.flush(0)
+                if now > until:
+                    clients.look_for_brokers(self._producer)
+                    raise RetryError(
+                        f"There is no room for records: the broker has taken none for {_ROOM_SECONDS:g} s"
+                    ) from None
             except KafkaException as error:
                 raise StopError(f"A record for {topic} cannot be sent: {error.args[0].str()}.") from error
             else:
                 return
-            if self._failure is not None:
-                self.flush(0)
+
+    def partitions(self, topic: str) -> int:
+        """How many partitions the topic has. Raises RetryError."""
+        try:
+            return len(self._producer.list_topics(topic, timeout=_ANSWER_SECONDS).topics[topic].partitions)
+        except KafkaException as error:
+            raise RetryError(f"The broker does not tell the partitions of {topic}: {error.args[0].str()}") from error
 
     def flush(self, seconds: float) -> None:
         """Wait until everything sent has arrived. Raises RetryError when it has not within `seconds`."""

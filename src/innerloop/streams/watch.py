@@ -10,13 +10,13 @@ position is committed, so a stranger's record is answered even when the owner di
 import time
 from collections.abc import Mapping, Sequence
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from innerloop.config import KafkaSettings
-from innerloop.errors import RetryError
+from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
 from innerloop.streams.publisher import Headers
-from innerloop.streams.waiting import close
+from innerloop.streams.waiting import Waiting, close
 
 OWNER_HEADER = "innerloop.owner_epoch"
 _COMMIT_SECONDS = 1.0
@@ -32,7 +32,8 @@ class OutputWatch:
     """Reads the output partitions that belong to the request partitions held by this process."""
 
     def __init__(self, settings: KafkaSettings, *, group: str, topics: Sequence[str]) -> None:
-        self._topics = topics
+        self._topics, self._group = topics, group
+        self._blind = Waiting("score topics not watched")
         self._consumer: Consumer = clients.consumer(
             settings, group, fetch_wait_max_ms=500, fetch_min_bytes=65_536, queued_min_messages=1_000
         )
@@ -53,6 +54,7 @@ class OutputWatch:
             # All or none: what was read of a partition that is not yet ours would be taken for answered.
             self._consumer.incremental_assign(places)
         except KafkaException as error:
+            self._stop_if_forbidden(error.args[0])
             raise RetryError(f"The score topics cannot be watched: {error.args[0].str()}") from error
 
     def stop(self, partitions: Sequence[int]) -> None:
@@ -62,19 +64,34 @@ class OutputWatch:
             self._consumer.incremental_unassign(gone)
 
     def strangers(self, epochs: Mapping[int, int]) -> dict[str, int]:
-        """Users with a new record that was not written under `epochs[partition]`, and their partition."""
+        """Users with a new record that was not written under `epochs[partition]`, and their partition.
+
+        Raises StopError when the topics may not be read.
+        """
         found = {}
         for message in self._consumer.consume(_AT_ONCE, 0):
+            if (error := message.error()) is not None:
+                self._stop_if_forbidden(error)
+                self._blind.goes_on(error.str(), topic=message.topic())
+                continue
+            self._blind.ends()
             user, partition, epoch = (
                 _user(message.key()),
                 message.partition() or 0,
                 epochs.get(message.partition() or 0),
             )
-            if message.error() is not None or user is None or epoch is None:
+            if user is None or epoch is None:
                 continue
             if dict(message.headers() or []).get(OWNER_HEADER) != str(epoch).encode():
                 found[user] = partition
         return found
+
+    def _stop_if_forbidden(self, error: KafkaError) -> None:
+        if error.code() in clients.FORBIDDEN:
+            raise StopError(
+                f"Kafka does not let this user watch {' and '.join(self._topics)} in group {self._group} "
+                f"({error.str()}): give it the ACLs that deploy/OPERATIONS.md lists."
+            )
 
     def commit(self) -> None:
         """Everything found so far has been answered; called often, commits once a second."""
