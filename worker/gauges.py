@@ -17,16 +17,29 @@ Look = Callable[[LagReader], object]
 
 
 class LagGauges:
-    """Shows the lag of some partitions of one group; those that are no longer owned vanish."""
+    """Shows the lag of some partitions of one group; those that are no longer owned vanish.
 
-    def __init__(self, group: str, topics: Sequence[str], owned: Callable[[], Collection[Partition]] | None) -> None:
-        self._group, self._topics, self._owned = group, list(topics), owned
+    A partition without a commit counts from the start of its log. Of a group that begins at the end (`from_end`) that
+    would be a lag that nobody works off: then it is not shown.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        topics: Sequence[str],
+        owned: Callable[[], Collection[Partition]] | None,
+        *,
+        from_end: bool = False,
+    ) -> None:
+        self._group, self._topics, self._owned, self._from_end = group, list(topics), owned, from_end
         self._shown: set[Partition] = set()
 
     def look(self, reader: LagReader) -> list[PartitionLag]:
         """Read and show once. Raises ServiceError when no broker answers; what is shown then stays as it was."""
         found = reader.read(self._group, self._topics)
         owned = None if self._owned is None else set(self._owned())
+        if self._from_end:
+            found = [each for each in found if each.committed is not None]
         mine = [each for each in found if owned is None or (each.topic, each.partition) in owned]
         for each in mine:
             where = (each.group, each.topic, str(each.partition))

@@ -22,7 +22,6 @@ figure a little accuracy. So nothing may ever depend on this process, and it wri
 
 import asyncio
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,6 @@ from faust.types import EventT, StreamT
 from innerloop import metrics
 from innerloop.config import KafkaSettings, Settings
 from innerloop.errors import ServiceError
-from innerloop.evaluation.quality_record import QualityWindow
 from innerloop.evaluation.quality_state import Batch, Progress, User
 from innerloop.evaluation.quality_windows import QualityWindows, WindowShape
 from innerloop.streams.clients import require_broker
@@ -48,6 +46,7 @@ from .endpoint import listening
 from .gauges import LagGauges, measured
 from .health import Health
 from .processes import stop_on_signals
+from .quality_gauges import WindowGauges
 from .quality_sample import Reader, Record, Sampler
 from .quality_security import credentials
 
@@ -58,6 +57,7 @@ _TICK_SECONDS = 1.0
 _LOOK_SECONDS = 0.1
 _FINISH_SECONDS = 5.0
 _STOP_SECONDS = 20.0
+_SHOWN_WINDOWS = 3  # so many windows without a click, and the gauges say nothing
 _SAMPLE_KEPT_SECONDS = 3_600.0
 _PROGRESS = b"\0progress"  # no user's: identifiers have no NUL
 
@@ -78,8 +78,11 @@ class Quality:
         self._sampler = Sampler(quality.hold_out, float(quality.events_per_second))
         self._reader = Reader(settings)
         self._windows: QualityWindows | None = None  # made of the table when the sample's partition is ours
-        self.turned_at, self.joined = time.monotonic(), False
-        self._leaving, self._at_work = False, 0
+        self._gauges = WindowGauges()
+        self._shown_ms = _SHOWN_WINDOWS * self._shape.window_ms + self._shape.grace_ms + self._shape.idle_ms
+        self.joined, self._judges, self._leaving = False, False, False
+        self._ticked_at = self._judged_at = time.monotonic()
+        self._in_hand: dict[object, float] = {}  # the batches in hand, since when
         self.app = self._app()
 
     def _app(self) -> faust.App:
@@ -102,9 +105,8 @@ class Quality:
             stream_recovery_delay=0.0,
             web_enabled=False,
         )
-        self._sample = app.topic(
-            f"{kafka.quality_group}-sample", partitions=1, internal=True, retention=_SAMPLE_KEPT_SECONDS, **raw
-        )
+        self._sample_name = f"{kafka.quality_group}-sample"
+        self._sample = app.topic(self._sample_name, partitions=1, internal=True, retention=_SAMPLE_KEPT_SECONDS, **raw)
         self._memory = app.Table("memory", key_type=bytes, value_type=bytes, partitions=1)
         self._output = app.topic(self._settings.topics.quality_windows, **raw)
         for name, partitions in self._sources.items():
@@ -112,8 +114,8 @@ class Quality:
             app.agent(source, name=f"read-{name}", concurrency=1)(self._read)
         app.agent(self._sample, name="judge", concurrency=1)(self._judge)
         app.timer(_TICK_SECONDS)(self._tick)
-        app.on_partitions_revoked.connect(self._moved)
-        app.on_partitions_assigned.connect(self._moved)
+        app.on_partitions_revoked.connect(self._revoked)
+        app.on_partitions_assigned.connect(self._assigned)
         app.on_rebalance_complete.connect(self._settled)
         return app
 
@@ -136,7 +138,8 @@ class Quality:
         taken: dict[tuple[str, int], list[Record]] = {}
         for event in events:
             message = event.message
-            if message.key is not None and self._sampler.takes(message.key):
+            # Whoever is erased may have been in the sample when their share was larger.
+            if message.key is not None and (self._sampler.takes(message.key) or message.value is None):
                 record = Record(message.key, message.value, round(message.timestamp * 1000))
                 taken.setdefault((message.topic, message.partition), []).append(record)
         self._sampler.adjust(self._part())
@@ -153,10 +156,11 @@ class Quality:
         await (await self._sample.send(value=msgspec.msgpack.encode(batch), partition=0))
 
     async def _tick(self) -> None:
-        self.turned_at = time.monotonic()
-        metrics.LAST_TURN.set_to_current_time()
+        """Goes through the sample to whoever judges: so time passes there without clicks, and it is seen to work."""
         if not self._leaving:
             await self._send(Batch("", int(time.time() * 1000)))
+        self._ticked_at = time.monotonic()
+        metrics.LAST_TURN.set(time.time() - (time.monotonic() - self.turned_at))
 
     # --- from the sample to the windows
 
@@ -172,6 +176,7 @@ class Quality:
                 if offset >= windows.progress.next_offset or batch.at > windows.progress.heard:
                     await self._take(windows, batch, offset)
                 await unacknowledged.ack(event)
+            self._judged_at = time.monotonic()
 
     async def _take(self, windows: QualityWindows, batch: Batch, offset: int) -> None:
         windows.hear(batch)
@@ -181,8 +186,9 @@ class Quality:
             found = windows.judge(start, batch.at)
             self._write(windows)
             await (await self._output.send(key=str(start).encode(), value=msgspec.json.encode(found)))  # 2
-            show(found)
+            self._gauges.show(found)
             windows.close(start)
+        self._gauges.clear_after(self._shown_ms, batch.at)
         windows.progress.next_offset = offset + 1
         progress = self._memory[_PROGRESS] = msgspec.msgpack.encode(windows.progress)  # 3
         self._write(windows)  # 4
@@ -208,21 +214,37 @@ class Quality:
 
     # --- membership
 
-    async def _moved(self, *_: object, **__: object) -> None:
-        self._windows = None
+    async def _revoked(self, *_: object, **__: object) -> None:
+        self._windows, self.joined = None, False
+
+    async def _assigned(self, *signalled: Any, **__: object) -> None:
+        _, partitions = signalled
+        self._windows, self._judges = None, any(each.topic == self._sample_name for each in partitions)
+        if not self._judges:
+            self._gauges.clear()
 
     async def _settled(self, *_: object, **__: object) -> None:
-        self._windows, self.joined = None, True
+        self._windows, self.joined, self._judged_at = None, True, time.monotonic()
+
+    @property
+    def turned_at(self) -> float:
+        """When the slowest of its parts last went on: the timer, each batch in hand, the judge while it has its memory.
+
+        Asked by other threads.
+        """
+        judged = [self._judged_at] if self.joined and self._judges else []
+        return min([self._ticked_at, *judged, *list(self._in_hand.values())])
 
     # --- running
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        self._at_work += 1
+        batch = object()
+        self._in_hand[batch] = time.monotonic()
         try:
             yield
         finally:
-            self._at_work -= 1
+            del self._in_hand[batch]
 
     async def _unless_leaving(self) -> None:
         """What is not begun is not acknowledged: it waits here to be cancelled, and comes again."""
@@ -236,13 +258,15 @@ class Quality:
             return
         self.app.consumer.stop_flow()
         until = time.monotonic() + _FINISH_SECONDS
-        while self._at_work and time.monotonic() < until:  # noqa: ASYNC110 - bodies of agents set it
+        while self._in_hand and time.monotonic() < until:  # noqa: ASYNC110 - bodies of agents set it
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def run(self, stopping: Callable[[], bool]) -> None:
         """Until told to stop. Raises ServiceError when Faust gives up."""
         starting = asyncio.ensure_future(self.app.start())
-        while not stopping() and not self.app.should_stop and not (starting.done() and starting.exception()):  # noqa: ASYNC110 - a signal sets it
+        while not stopping() and not self.app.should_stop and not (starting.done() and starting.exception()):
+            if not self.joined:  # the timer waits for the memory, too, which may take minutes to read
+                self._ticked_at = time.monotonic()
             await asyncio.sleep(_LOOK_SECONDS)
         reason: BaseException | None = self.app.crash_reason
         if stopping() and reason is None:
@@ -262,21 +286,6 @@ def _seconds(kafka: KafkaSettings, name: str, otherwise: float) -> float:
     return otherwise if given is None else float(given.get_secret_value()) / 1000
 
 
-def show(window: QualityWindow) -> None:
-    """Set the gauges to a window that was closed."""
-    for group in window.arms:
-        metrics.QUALITY_CLICKS.labels(group.arm).set(group.clicks)
-        for at in group.at:
-            metrics.QUALITY_HIT_RATE.labels(group.arm, str(at.k)).set(at.hit_rate)
-            metrics.QUALITY_MRR.labels(group.arm, str(at.k)).set(at.mrr)
-        auc, ratio = (group.ads.auc, group.ads.predicted_over_observed) if group.ads else (None, None)
-        metrics.QUALITY_AD_AUC.labels(group.arm).set(math.nan if auc is None else auc)
-        metrics.QUALITY_AD_CALIBRATION.labels(group.arm).set(math.nan if ratio is None else ratio)
-    for lift in window.lift:
-        metrics.QUALITY_LIFT.labels(str(lift.k)).set(lift.difference)
-        metrics.QUALITY_LIFT_LOW.labels(str(lift.k)).set(lift.low)
-
-
 def run_quality(settings: Settings, stopping: Callable[[], bool] | None = None) -> None:
     """One quality process, until told to stop. Raises SettingsError and ServiceError."""
     for chatty in ("faust", "mode", "aiokafka"):
@@ -290,7 +299,7 @@ def run_quality(settings: Settings, stopping: Callable[[], bool] | None = None) 
     names = [topics.clicks, topics.purchases, topics.recommendations, topics.ads]
     counts = partition_counts(settings, [*names, topics.quality_windows])
     quality = Quality(settings, {name: counts[name] for name in names})
-    lag = LagGauges(settings.kafka.quality_group, names, None)
+    lag = LagGauges(settings.kafka.quality_group, names, None, from_end=not settings.quality.from_beginning)
     health = Health(quality, settings.http.stuck_after_seconds)
     with listening(settings.http, health), measured(settings, lag.look):
         asyncio.run(quality.run(stopping))

@@ -61,10 +61,25 @@ LAST_TURN = Gauge("innerloop_last_turn_timestamp_seconds", "When the loop last t
 
 # --- quality, by arm (adapted, hold_out, placebo), of the newest closed window
 
+# One process shows them: the one that closes the windows. What that window doesn't have is not shown, and nothing when
+# no window was closed for some time: one without clicks is none.
+QUALITY_WINDOW_END = Gauge(
+    "innerloop_quality_window_end_timestamp_seconds", "End of the newest closed window, by its events' time; 0: none"
+)
 QUALITY_HIT_RATE = Gauge("innerloop_quality_hit_rate", "Share of clicks that were among the first k", ["arm", "k"])
 QUALITY_MRR = Gauge("innerloop_quality_mrr", "Mean reciprocal rank of clicks among the first k", ["arm", "k"])
 QUALITY_LIFT = Gauge("innerloop_quality_lift", "Hit rate of the adapted minus that of the hold-out", ["k"])
 QUALITY_LIFT_LOW = Gauge("innerloop_quality_lift_low", "Lower end of the lift's 95% interval", ["k"])
-QUALITY_CLICKS = Gauge("innerloop_quality_clicks", "Clicks that the newest closed window judged", ["arm"])
+QUALITY_LIFT_HIGH = Gauge("innerloop_quality_lift_high", "Upper end of the lift's 95% interval", ["k"])
+QUALITY_CLICKS = Gauge("innerloop_quality_clicks", "Clicks that were judged", ["arm"])
+QUALITY_USERS = Gauge("innerloop_quality_users", "Users whose clicks were judged", ["arm"])
+# By why: late (for a window that had been closed, since the last one), without_list (none was published before).
+QUALITY_UNJUDGED = Gauge("innerloop_quality_unjudged_clicks", "Clicks of the sample that were not judged", ["why"])
+QUALITY_AD_CLICKS = Gauge("innerloop_quality_ad_clicks", "Clicks on ads whose 24 hours ended in the window", ["arm"])
 QUALITY_AD_AUC = Gauge("innerloop_quality_ad_auc", "AUC of the ads' scores", ["arm"])
 QUALITY_AD_CALIBRATION = Gauge("innerloop_quality_ad_calibration_ratio", "Predicted / observed, of the ads", ["arm"])
+_VERSION = ["arm", "model_version"]  # of the newest two
+QUALITY_VERSION_HIT_RATE = Gauge(
+    "innerloop_quality_version_hit_rate", "Share of clicks that were among the first k", [*_VERSION, "k"]
+)
+QUALITY_VERSION_CLICKS = Gauge("innerloop_quality_version_clicks", "Clicks that were judged", _VERSION)

@@ -1,34 +1,35 @@
 """Quality on a real Kafka, run as `innerloop quality` runs it, against a plain computation over the same topics."""
 
+import asyncio
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytest
 from confluent_kafka import TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
+from quality_shop import DAY_MS, WINDOW_MS, Record, Shop
 
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
-from innerloop.holdout import place
+from innerloop.holdout import SAMPLE_SEED, place
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
+from innerloop.worker.quality import Quality
 from innerloop.worker.quality_security import credentials
+from innerloop.worker.watched_process import free_ports
 
 T = TypeVar("T")
-Record = dict[str, Any]
-
-WINDOW_MS, DAY_MS = 60_000, 86_400_000
-ITEMS = [f"item-{n}" for n in range(40)]
-ADS = [f"ad-{n}" for n in range(8)]
 QUALITY = {
     "events_per_second": 10_000_000,
     "window_seconds": 60,
@@ -46,97 +47,9 @@ def quality(settings: Settings) -> Settings:
     return changed
 
 
-class Shop:
-    """Users who click, and lists published for them.
-
-    `now` is when things are put on their topics, a little before now or Kafka would clean them away; events are told
-    `behind` that, as a replay has it.
-    """
-
-    def __init__(self, settings: Settings, users: int = 60, seed: int = 0) -> None:
-        self.settings, self.rng = settings, random.Random(seed)
-        self.users = [f"user-{n}" for n in range(users)]
-        self.versions = dict.fromkeys(self.users, 0)
-        self.began = self.now = (int(time.time()) - 1_800) // 60 * 60_000
-        self.behind = 2 * DAY_MS
-        self.events: list[Record] = []
-        self.producer = clients.producer(settings.kafka)
-
-    def go_on(self, steps: int) -> None:
-        """As many clicks, each followed by a list and now and then by a purchase; about two thirds of a second each."""
-        rng = self.rng
-        for _ in range(steps):
-            self.now += rng.randrange(1, 1_400)
-            user, ad = rng.choice(self.users), rng.choice([None, *ADS])
-            item = f"of {ad}" if ad else rng.choice(ITEMS)
-            late = rng.choice([0, 0, 0, 5_000])
-            self.event("click", user, item, self.now - late, ad)
-            if rng.random() < 0.3:
-                self.event("purchase", user, item, self.now + 50)
-            if rng.random() < 0.8:
-                self.lists(user, self.now - late, self.now + rng.choice([20, 200, 2_000]))
-        self.producer.flush(10)
-
-    def event(self, kind: str, user: str, item: str, at: int, ad: str | None = None) -> None:
-        event = {
-            "event_id": f"e{len(self.events)}",
-            "event_type": kind,
-            "user_id": user,
-            "item_id": item,
-            "event_time": at - self.behind,
-        }
-        if ad:
-            event["ad_id"] = ad
-        topic = self.settings.topics.purchases if kind == "purchase" else self.settings.topics.clicks
-        self.events.append(event)
-        self.producer.produce(topic, json.dumps(event), user, timestamp=self.now)
-
-    def lists(self, user: str, event_time: int, published: int) -> None:
-        self.versions[user] += 1
-        arm = "hold_out" if int(user.split("-")[1]) % 3 == 0 else "adapted"
-        head = {
-            "user_id": user,
-            "model_version": 1 + (self.now - self.began) // 100_000,
-            "support_version": self.versions[user],
-            "support_size": self.versions[user],
-            "event_time": event_time - self.behind,
-            "scored_at": published - 5,
-            "method": "none" if arm == "hold_out" else "bayes",
-            "arm": arm,
-        }
-        chosen = self.rng.sample(ITEMS, 25)
-        items = [{"item_id": item, "score": 1.0} for item in chosen]
-        ads = [{"ad_id": ad, "item_id": f"of {ad}", "score": round(self.rng.random(), 3)} for ad in ADS[:6]]
-        records = (
-            (self.settings.topics.recommendations, {**head, "model": "recommendations", "items": items}),
-            (self.settings.topics.ads, {**head, "model": "ads", "ads": ads, "kind": "purchase_given_click"}),
-        )
-        for topic, record in records:
-            self.producer.produce(topic, json.dumps(record), user, timestamp=published)
-
-    def last_window(self) -> int:
-        newest: int = max(e["event_time"] for e in self.events if e["event_type"] == "click")
-        return newest // WINDOW_MS * WINDOW_MS
-
-    def pass_time(self, seconds: int) -> None:
-        """Nothing but one event of one user on each partition, later."""
-        self.now += 1_000 * seconds
-        event = {"event_type": "cart", "item_id": "x", "event_time": self.now - self.behind}
-        for partition in range(4):
-            named = {
-                **event,
-                "event_id": f"pass-{self.now}-{partition}",
-                "user_id": "passer-by",
-                "event_type": "purchase",
-            }
-            self.producer.produce(
-                self.settings.topics.purchases, json.dumps(named), "passer-by", partition=partition, timestamp=self.now
-            )
-        self.producer.flush(10)
-
-
-def process(settings: Settings) -> "subprocess.Popen[bytes]":
+def process(settings: Settings, **more: str) -> "subprocess.Popen[bytes]":
     environment = {
+        **more,
         "INNERLOOP_KAFKA": json.dumps({**settings.kafka.model_dump(), "properties": SHORT_SESSION}),
         "INNERLOOP_TOPICS": settings.topics.model_dump_json(),
         "INNERLOOP_QUALITY": settings.quality.model_dump_json(),
@@ -145,8 +58,8 @@ def process(settings: Settings) -> "subprocess.Popen[bytes]":
 
 
 @contextmanager
-def running(settings: Settings, count: int = 1) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    members = [process(settings) for _ in range(count)]
+def running(settings: Settings, count: int = 1, **more: str) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    members = [process(settings, **more) for _ in range(count)]
     try:
         yield members
     finally:
@@ -365,6 +278,123 @@ def test_kills_stops_and_rebalances_in_mid_window_cost_little_and_count_nothing_
     assert sum(window["without_list"] for window in found.values()) < 1.2 * sum(
         window["without_list"] for window in expected.values()
     ), "what was remembered of the users came through"
+
+
+def test_what_lay_there_before_a_new_group_is_no_lag(quality: Settings) -> None:
+    """It begins at the end: an idle partition with a past, on which it never commits, is no alert."""
+    topic, (port,) = quality.topics.clicks, free_ports(1)
+    settings = quality.model_copy(update={"quality": quality.quality.model_copy(update={"from_beginning": False})})
+    put(settings, topic, "past", partition=0)
+    with running(settings, INNERLOOP_HTTP__PORT=str(port)):
+        wait_for(lambda: members_with_partitions(settings.kafka, settings.kafka.quality_group) or None)
+
+        def lags() -> dict[str, float]:
+            """By partition of the topic, once one of them is shown; what comes before it is there is not seen."""
+            put(settings, topic, "now", partition=1)
+            return lag_of(port, topic)
+
+        found = wait_for(lags)
+    assert "1" in found
+    assert "0" not in found
+
+
+def test_who_is_erased_is_forgotten_also_when_no_longer_in_the_sample(quality: Settings) -> None:
+    few = quality.quality.model_copy(update={"events_per_second": 40, "users": 1_000})
+    settings, topics = quality.model_copy(update={"quality": few}), quality.topics
+    user = next(name for n in range(1_000) if place(name := f"erased-{n}", SAMPLE_SEED) > 0.95)
+    shop = Shop(settings)
+    shop.users.append(user)
+    shop.versions[user] = 0
+    shop.lists(user, shop.now - 1_000, shop.now)
+    shop.producer.flush(10)
+    with running(settings):
+        wait_for(lambda: remembered(settings, user))
+        for n in range(20_000):
+            shop.event("click", f"user-{n % 60}", "item-1", shop.now + n)
+            shop.producer.poll(0)
+        shop.producer.flush(10)
+        wait_for(lambda: not sum(each.offsets for each in group_lag(settings, group_of(settings), [topics.clicks])))
+        shop.producer.produce(topics.recommendations, None, user)
+        shop.producer.flush(10)
+        wait_for(lambda: remembered(settings, user) is False)
+
+
+def remembered(settings: Settings, user: str) -> bool | None:
+    """Whether the newest record of this user in the changelog holds something; None without one."""
+    topic, found = f"{group_of(settings)}-memory-changelog", None
+    with clients.consumer(settings.kafka, "test") as consumer:
+        if topic not in consumer.list_topics(timeout=10).topics:
+            return None
+        end = consumer.get_watermark_offsets(TopicPartition(topic, 0), 10)[1]
+        consumer.assign([TopicPartition(topic, 0, 0)])
+        while end and (message := consumer.poll(5.0)) is not None:  # one without a value is falsy
+            if message.key() == user.encode():
+                found = message.value() is not None
+            if (message.offset() or 0) + 1 >= end:
+                break
+    return found
+
+
+def group_of(settings: Settings) -> str:
+    return settings.kafka.quality_group
+
+
+def put(settings: Settings, topic: str, user: str, partition: int) -> None:
+    producer = clients.producer(settings.kafka)
+    producer.produce(topic, b"no event", user, partition=partition)
+    producer.flush(10)
+
+
+def lag_of(port: int, topic: str) -> dict[str, float]:
+    """What /metrics says of the lag of a topic, by partition."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    except OSError:
+        return {}
+    samples = [each for family in families if family.name == "innerloop_lag_offsets" for each in family.samples]
+    return {each.labels["partition"]: each.value for each in samples if each.labels["topic"] == topic}
+
+
+class Hangs(Quality):
+    """One of its parts hangs; what the others do goes on."""
+
+    def __init__(self, settings: Settings, sources: dict[str, int], part: str) -> None:
+        super().__init__(settings, sources)
+        self.hung = 0
+        if part:
+            setattr(self, part, self._hang)
+
+    async def _hang(self, *_: object) -> None:
+        self.hung += 1
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("part", ["", "_take", "_forward"])
+def test_an_agent_that_hangs_is_seen_though_the_timer_goes_on(quality: Settings, part: str) -> None:
+    """`""`: nothing hangs, and nothing comes: it turns all the same."""
+    topics = quality.topics
+    put(quality, topics.clicks, "somebody", partition=0)
+    tested = Hangs(quality, dict.fromkeys([topics.clicks, topics.recommendations], 4), part)
+    done = asyncio.Event()
+
+    async def until(look: Callable[[], object]) -> None:
+        while not look() and not done.is_set():  # noqa: ASYNC110 - clocks and threads change what is looked at
+            await asyncio.sleep(0.05)
+
+    async def look() -> None:
+        async with asyncio.timeout(60):
+            await until(lambda: tested.joined and (tested.hung or not part))
+            began = tested.turned_at
+            await until(lambda: tested._ticked_at > tested.turned_at + 3 if part else tested.turned_at > began + 3)
+
+    async def both() -> None:
+        looking = asyncio.ensure_future(look())
+        looking.add_done_callback(lambda _: done.set())
+        await tested.run(done.is_set)
+        await looking
+
+    asyncio.run(both())
 
 
 def test_a_password_that_aiokafka_cannot_use_is_one_sentence(quality: Settings) -> None:

@@ -51,6 +51,7 @@ from innerloop.store.tables import metadata
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.offsets import LogEnds
 from innerloop.streams.watch import OutputWatch
 from innerloop.worker.cli import app
 
@@ -122,12 +123,19 @@ def is_one_sentence(text: str) -> bool:
 # --- the loop, and what its user may not do
 
 
+@pytest.mark.timeout(400)
 def test_the_whole_loop_runs_for_a_user_who_may_do_no_more_than_needed(secured: Secured, shell: Shell) -> None:
     events = Shop(3, users=60, items=50).history(2_000)
     events.write_csv(shell.folder / "shop.csv")
-    trained = shell.run("train", "--events", "shop.csv", "--share", "0.8")
+    training = shell.start("train", "--events", "shop.csv", "--share", "0.8", INNERLOOP_LEARNING__SEQUENCE="off")
+    trained = shell.finish(training, 180)
     assert trained.code == 0, trained.err
-    workers = [shell.start("ingest"), shell.start("adapt", "--member", "cpu")]
+    hurried = {"window_seconds": 1, "grace_seconds": 1, "idle_seconds": 1, "from_beginning": True}
+    workers = [
+        shell.start("ingest"),
+        shell.start("adapt", "--member", "cpu"),
+        shell.start("quality", INNERLOOP_QUALITY=json.dumps(hurried)),
+    ]
     by_the_shop = environment(secured.settings(SHOP))["INNERLOOP_KAFKA"]
     sent = shell.run("replay", "shop.csv", "--rate", "max", "--start", "0.8", INNERLOOP_KAFKA=by_the_shop)
     assert sent.code == 0, sent.err
@@ -139,6 +147,8 @@ def test_the_whole_loop_runs_for_a_user_who_may_do_no_more_than_needed(secured: 
         return newest(settings, "recommendations", user) is not None
 
     wait_for(is_scored, 60)
+    ends = LogEnds(settings, [settings.topics.quality_windows])
+    wait_for(lambda: is_scored() and sum(ends.read().values()), 60)
     shown = shell.run("scores", user)
     assert (shown.code, "recommendations" in shown.out, user in shown.out) == (0, True, True), shown
     wait_for(lambda: all(each["offsets"] == 0 for each in json.loads(shell.run("lag", "--json").out)))

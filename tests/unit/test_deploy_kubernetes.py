@@ -122,6 +122,8 @@ def test_scaling_follows_the_groups_and_topics_of_the_defaults(objects: list[Obj
         for each in triggers:
             assert each["limitToPartitionsWithLag"] == each["excludePersistentLag"] == "true"
             assert int(each["activationLagThreshold"]) > 0
+            # What Kafka 4 no longer speaks is older than 2.1 (KIP-896); we are tested with 3.9 and newer.
+            assert (2, 1) <= tuple(map(int, each["version"].split(".")[:2])) <= (3, 9)
         assert spec["maxReplicaCount"] <= int(variables["INNERLOOP_TOPICS__PARTITIONS"])
         assert "replicas" not in named(objects, "Deployment", spec["scaleTargetRef"]["name"])["spec"]
 
@@ -206,3 +208,17 @@ def test_the_gpu_overlay_gives_each_adapt_pod_one_gpu_and_nobody_else_any() -> N
 
 def test_the_cluster_has_the_rules_that_were_tested(objects: list[Object]) -> None:
     assert named(objects, "PrometheusRule", "innerloop")["spec"] == document(DEPLOY / "prometheus" / "rules.yml")
+
+
+@pytest.mark.parametrize("kind", ["ServiceMonitor", "PrometheusRule"])
+def test_a_prometheus_of_the_usual_chart_selects_what_watches_us(objects: list[Object], kind: str) -> None:
+    assert named(objects, kind, "innerloop")["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+
+
+def test_names_are_asked_for_anywhere(objects: list[Object]) -> None:
+    """A cache on the node has a host's address: a selector of pods or namespaces would shut it out."""
+    egress = named(objects, "NetworkPolicy", "innerloop")["spec"]["egress"]
+    anywhere = {(port["protocol"], port["port"]) for rule in egress if "to" not in rule for port in rule["ports"]}
+    assert {("UDP", 53), ("TCP", 53)} <= anywhere
+    servers = configuration(objects)["INNERLOOP_KAFKA__BOOTSTRAP_SERVERS"].split(",")
+    assert {("TCP", int(server.rpartition(":")[2])) for server in servers} <= anywhere

@@ -1,15 +1,8 @@
 import json
-import math
 
-import msgspec
-from prometheus_client import REGISTRY
-
-from innerloop import schemas
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import QualityWindow
 from innerloop.evaluation.quality_state import Click
 from innerloop.holdout import in_hold_out
-from innerloop.worker.quality import show
 from innerloop.worker.quality_sample import Reader, Record, Sampler
 
 USERS = [f"user-{n}".encode() for n in range(4_000)]
@@ -100,15 +93,3 @@ def test_only_a_probability_of_a_purchase_after_a_click_is_one() -> None:
         record = {**HEAD, "model": "ads", "method": "bayes", "kind": kind, "ads": [ad]}
         chances += reader.batch(topics.ads, 0, [Record(b"u", json.dumps(record).encode(), 8)], 9).ads
     assert [each.chances for each in chances] == [[0.01], [0.2], []]
-
-
-def test_the_gauges_say_what_the_newest_window_said() -> None:
-    example = schemas.read("examples/quality_window.two_arms.json")
-    window = msgspec.json.decode(example, type=QualityWindow)
-    show(window)
-    for arm, rate, clicks in (("adapted", 0.25, 600), ("hold_out", 0.1, 400)):
-        assert REGISTRY.get_sample_value("innerloop_quality_hit_rate", {"arm": arm, "k": "10"}) == rate
-        assert REGISTRY.get_sample_value("innerloop_quality_clicks", {"arm": arm}) == clicks
-    assert REGISTRY.get_sample_value("innerloop_quality_lift_low", {"k": "20"}) == 0.145
-    assert REGISTRY.get_sample_value("innerloop_quality_ad_auc", {"arm": "adapted"}) == 0.71
-    assert math.isnan(REGISTRY.get_sample_value("innerloop_quality_ad_auc", {"arm": "hold_out"}) or 0.0)
