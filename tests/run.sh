@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs into .venv if need be, then lint, types and every test. Arguments go to pytest: tests/run.sh -k ledger
+# Installs into .venv if need be, then lint, known vulnerabilities, types and every test. Arguments go to pytest:
+#     tests/run.sh -k ledger
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 deploy/install.sh
@@ -32,6 +33,14 @@ echo "== lint"
 $bin/ruff check .
 $bin/ruff format --check .
 PYTHONPATH=.venv/tree $bin/lint-imports --no-logo
+echo "== known vulnerabilities"
+code=0
+found="$(deploy/audit.sh 2>&1)" || code=$?
+case "$code" in
+0) ;;
+3) echo "not checked: the advisory service cannot be asked from here" ;;
+*) echo "$found" && exit 1 ;;
+esac
 echo "== types"
 $bin/mypy
 echo "== tests"

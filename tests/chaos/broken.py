@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from signal import SIGKILL, Signals
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import SecretStr
+from sqlalchemy import text
 from world import writing_as
 
 from innerloop import support
@@ -25,6 +26,7 @@ from innerloop.config import Settings
 from innerloop.errors import StopError
 from innerloop.ingest import Ingest
 from innerloop.store import database, ledger
+from innerloop.store.database import transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams import loop
 from innerloop.streams.loop import Loop
@@ -36,6 +38,7 @@ from innerloop.worker.logs import configure_logs
 Kind = Literal["ingest", "adapt"]
 When = Literal["before", "after"]
 KILLED = 9
+_EPOCH = text("SELECT owner_epoch FROM partition_ledger WHERE topic = :topic AND partition = :partition")
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["innerloop.ingest", "innerloop.adapt", "innerloop.worker.processes"])
@@ -91,6 +94,10 @@ STEPS: dict[Kind, dict[str, Step]] = {
 }
 
 
+# Those that a batch meets only where something else has gone wrong.
+RARE: dict[str, Step] = {"before the ledger is read again": Step(Ledger, "reload", "before")}
+
+
 @dataclass(frozen=True)
 class Fault:
     """Send ourselves `signal` at the step, the `nth` time that it is met."""
@@ -101,8 +108,13 @@ class Fault:
 
 
 def _no_ledger_check() -> None:
-    """Replays are not recognised, by the ledger or by their event ids: either alone is enough."""
+    """The ledger is not asked which records are in: their ids still say so, but their users are not asked for again."""
     Ingest._already_stored = lambda *_: None  # type: ignore[method-assign]
+
+
+def _no_recognition() -> None:
+    """Replays are not recognised, by the ledger or by their event ids: either alone keeps them out."""
+    _no_ledger_check()
     support._already_stored = lambda _stored, tasks, _hashes: np.zeros(len(tasks), bool)  # type: ignore[assignment]
 
 
@@ -128,6 +140,21 @@ def _no_fencing() -> None:
     ledger._ADVANCE = ledger._ADVANCE.replace(condition, "")
 
 
+def _no_epoch_test() -> None:
+    """Who reads the ledger again after a commit of unknown outcome takes whatever epoch is there for its own."""
+    original = Ledger.reload
+
+    def reload(self: Ledger) -> None:
+        with transaction(self._engine) as connection:
+            for (topic, partition), claim in self._claims.items():
+                where = {"topic": topic, "partition": partition}
+                epoch = connection.execute(_EPOCH, where).scalar_one()
+                self._claims[topic, partition] = replace(claim, epoch=epoch)
+        original(self)
+
+    Ledger.reload = reload  # type: ignore[method-assign]
+
+
 def _no_watch() -> None:
     OutputWatch.strangers = lambda *_: {}  # type: ignore[method-assign]
 
@@ -139,9 +166,11 @@ def _impatient() -> None:
 
 BREAKS: dict[str, Callable[[], None]] = {
     "ledger check off": _no_ledger_check,
+    "replays not recognised": _no_recognition,
     "flush skipped": _no_flush,
     "offset committed first": _commit_first,
     "fencing off": _no_fencing,
+    "epoch test off": _no_epoch_test,
     "watch off": _no_watch,
     "frozen sessions end soon": _impatient,
 }
@@ -151,7 +180,8 @@ def start(
     kind: Kind, settings: Settings, name: str, log: Path, *, broken: str | None = None, fault: Fault | None = None
 ) -> BaseProcess:
     """Start a worker; the ledger remembers `name` as its writer."""
-    process = _FORKED.Process(target=_work, args=(kind, settings, name, log, broken, fault), daemon=True)
+    arguments = (kind, settings, name, log, broken, fault)
+    process = _FORKED.Process(target=_work, name=name, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -167,7 +197,7 @@ def _work(  # noqa: PLR0917 - what the fork is given
         BREAKS[broken]()
     if fault:
         loop._COMMIT_SECONDS = 0.0  # every batch commits, or some would never meet that step
-        _set(STEPS[kind][fault.step], fault)
+        _set((STEPS[kind] | RARE)[fault.step], fault)
     url = SecretStr(writing_as(settings, name))
     own = settings.model_copy(update={"database": settings.database.model_copy(update={"url": url})})
     code = 0

@@ -22,6 +22,8 @@ KINDS: tuple[Kind, ...] = ("ingest", "adapt")
 _COMMANDS: dict[Kind, list[str]] = {"ingest": ["ingest"], "adapt": ["adapt", "--member", "cpu", "--threads", "1"]}
 # 0: told to stop. 3: started while the broker or the database was away. 4: superseded. Killed by us: -9.
 EXPECTED_CODES = {0, 3, 4, -signal.SIGKILL}
+# An exception that nobody handled, and one that was logged: as JSON it is a field, and has no word "Traceback".
+ERRORS = ("Traceback", '"exception":')
 _LOOK_SECONDS = 0.1
 _STOP_SECONDS = 20.0
 _PAUSE_SECONDS = 0.3
@@ -141,7 +143,7 @@ class Fleet(threading.Thread):
         self.exits[code] = self.exits.get(code, 0) + 1
         said = worker.log.read_text(errors="replace")
         early = code == -signal.SIGTERM and "assigned" not in said  # before it could listen to signals
-        if (code not in EXPECTED_CODES and not early) or "Traceback" in said:
+        if (code not in EXPECTED_CODES and not early) or any(mark in said for mark in ERRORS):
             self.findings.append(f"{worker.name} left with code {code}: {said.strip()[-1500:]}")
         if self.logs is None:
             worker.log.unlink()

@@ -15,6 +15,9 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from fleet import Fleet
 from settle import settle
 from storm import WORKERS, Storm, tell
 from traffic import Traffic
-from world import connected, ledger_writes, prepare
+from world import connected, ledger_writes, prepare, random_release
 
 from innerloop.config import (
     AdaptSettings,
@@ -36,12 +39,19 @@ from innerloop.config import (
 )
 from innerloop.evaluation.judge import Verdict, judge
 from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.learning.releases import save
 from innerloop.store.database import connect
 from innerloop.store.migrate import migrate
+from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.services import Services, running_services
+from innerloop.worker.train import register
 
 ITEMS = 1_000
 SESSION_SECONDS = 4.0
+"""As short as a busy machine allows: how long a partition of a dead worker stands still."""
+_SESSION_MS = str(int(1000 * SESSION_SECONDS))
+FENCED = 4
+"""The exit code of a worker that found itself superseded."""
 _SETTLE_SECONDS = 90.0
 _RESERVED_SECONDS = 30.0
 _BASE = Settings(
@@ -55,10 +65,9 @@ def main() -> int:
     """Run, report, and say by the exit code whether all was well."""
     asked = _asked()
     logging.getLogger("librdkafka").addHandler(_handler(asked.logs))
-    with tempfile.TemporaryDirectory(prefix="innerloop-chaos-", ignore_cleanup_errors=True) as folder:
-        services = running_services(load_settings(kafka=KafkaSettings(), database={}), announce=tell)
-        with services as running:
-            report = _run(running, Path(folder), asked)
+    place = tempfile.TemporaryDirectory(prefix="innerloop-chaos-", ignore_cleanup_errors=True)
+    with place as folder, _services(Path(folder)) as running:
+        report = _run(running, Path(folder), asked)
     asked.report.write_text(json.dumps(report, indent=1) + "\n")
     tell(f"ok: {report['ok']}, {report['events']} events, {sum(report['faults'].values())} faults")
     return 0 if report["ok"] else 1
@@ -71,6 +80,8 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, default=Path("chaos.json"))
     parser.add_argument("--most-per-second", type=float, default=20_000.0, help="events; fewer when ingest is behind")
     parser.add_argument("--logs", type=Path, help="keep the workers' logs in this folder")
+    protocols = ("classic", "consumer")
+    parser.add_argument("--protocol", choices=protocols, default="classic", help="of the consumer groups (KIP-848)")
     parser.add_argument("--ranked", action="store_true", help="lists depend on what everybody does, too")
     return parser.parse_args()
 
@@ -84,7 +95,7 @@ def _handler(logs: Path | None) -> logging.Handler:
 
 def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
-    settings = _settings(services)
+    settings = _settings(services, asked.protocol)
     engine = connect(settings.database)
     migrate(engine)
     prepare(settings, engine, folder, item_count=ITEMS, ranked=asked.ranked)
@@ -92,7 +103,14 @@ def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[st
     fleet = Fleet(settings, folder, {"ingest": WORKERS, "adapt": WORKERS}, logs=asked.logs)
     traffic = Traffic(settings, asked.seed, items=ITEMS, most_per_second=asked.most_per_second)
     traffic.backlog = _Backlog(settings, traffic)
-    storm = Storm(settings, services, fleet, traffic, asked.seed, session_seconds=SESSION_SECONDS)
+
+    def release(version: int) -> None:
+        made = random_release(ITEMS, ranked=asked.ranked, version=version)
+        engine = connect(settings.database)
+        register(settings, engine, made, save(made, folder))
+        engine.dispose()
+
+    storm = Storm(settings, services, fleet, traffic, asked.seed, session_seconds=SESSION_SECONDS, release=release)
     fleet.start()
     traffic.start()
     storm.rage(began + asked.minutes * 60 - _RESERVED_SECONDS)
@@ -113,20 +131,32 @@ def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[st
         "findings": findings,
         "ok": not findings and not storm.missing,
         "counts": dict(verdict.counts),
+        "asleep": dict(storm.asleep),
+        "fenced": fleet.exits.get(FENCED, 0),
         "exits": {str(code): count for code, count in sorted(fleet.exits.items())},
         "producers_woken": traffic.woken,
         "most_worker_memory_mb": fleet.most_memory >> 20,
     }
 
 
-def _settings(services: Services) -> Settings:
-    properties = {
-        # As short as a busy machine allows: how long a partition of a dead worker stands still.
-        "session.timeout.ms": str(int(SESSION_SECONDS * 1000)),
-        "heartbeat.interval.ms": "500",
-        "reconnect.backoff.max.ms": "500",
-    }
-    kafka = KafkaSettings(bootstrap_servers=services.bootstrap_servers, properties=properties)
+@contextmanager
+def _services(folder: Path) -> Iterator[Services]:
+    """Servers of our own; how long a session of the new group protocol lasts is the broker's to say."""
+    names = ("group.consumer.min.session.timeout.ms", "group.consumer.session.timeout.ms")
+    kafka = KafkaServer(folder / "kafka", announce=tell, properties=dict.fromkeys(names, _SESSION_MS))
+    kafka.start()
+    try:
+        settings = load_settings(kafka={"bootstrap_servers": kafka.bootstrap_servers}, database={})
+        with running_services(settings, announce=tell) as running:
+            yield replace(running, kafka=kafka)
+    finally:
+        kafka.stop()
+
+
+def _settings(services: Services, protocol: str) -> Settings:
+    session = {"session.timeout.ms": _SESSION_MS, "heartbeat.interval.ms": "500"} if protocol == "classic" else {}
+    properties = {**session, "reconnect.backoff.max.ms": "500"}
+    kafka = KafkaSettings(bootstrap_servers=services.bootstrap_servers, properties=properties, group_protocol=protocol)
     return _BASE.model_copy(
         update={
             "kafka": kafka,

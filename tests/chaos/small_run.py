@@ -89,11 +89,21 @@ class SmallRun:
     def run(self, *kinds: Kind, watched: bool = True) -> None:
         """Intact workers until everything has settled."""
         workers = [self.start(kind) for kind in kinds]
+        until(
+            lambda: all(map(self._joined, workers)), self.said
+        )  # where there is nothing to do, all is settled at once
         assert settle(self.settings, SECONDS, watched=watched, pause=0.2) == [], self.said
         for worker in workers:
             worker.terminate()
             worker.join(SECONDS)
             assert worker.exitcode == 0, self.said
+
+    def _joined(self, worker: BaseProcess) -> bool:
+        """Whether it has been given its partitions; before, SIGTERM may find it without its handlers."""
+        assert worker.is_alive(), f"{worker.exitcode}: {self.said}"
+        lines = (self.folder / "workers.log").read_text(errors="replace").splitlines()
+        said = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return any((line["event"], line["process"]) == ("assigned", worker.name) for line in said)
 
     def caught_up(self, kind: Kind) -> bool:
         """Whether the group of this kind has committed everything there is."""

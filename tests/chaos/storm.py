@@ -21,6 +21,7 @@ from innerloop.worker.services import Services
 WORKERS = 2
 """Of each kind, in fair weather."""
 _READY_SECONDS = 40.0
+_SCALED_SECONDS = 25.0
 _IN_TRANSACTION = """
     SELECT pid FROM pg_stat_activity
     WHERE application_name = 'innerloop' AND state <> 'idle' AND xact_start IS NOT NULL AND {which}
@@ -43,11 +44,16 @@ class Storm:
         seed: int,
         *,
         session_seconds: float,
+        release: Callable[[int], None],
     ) -> None:
+        """`release` registers a release of that version."""
+        self._release, self._version = release, 1
         self._settings, self._services, self._fleet, self._traffic = settings, services, fleet, traffic
         self._rng = random.Random(seed)
         self._session_seconds = session_seconds
         self.faults: Counter[str] = Counter()
+        self.asleep: Counter[str] = Counter()
+        """How often a worker was stopped in the middle of a transaction, and at rest."""
         self.kinds: dict[str, Callable[[], str | None]] = {
             "kill9-ingest": lambda: self._kill("ingest"),
             "kill9-adapt": lambda: self._kill("adapt"),
@@ -58,6 +64,7 @@ class Storm:
             "postgres": self._postgres,
             "session": self._session,
             "scale": self._scale,
+            "release": self._new_release,
             "clock": lambda: self._traffic.set_clock(self._rng),
         }
 
@@ -131,7 +138,8 @@ class Storm:
         time.sleep(seconds)
         worker.send(signal.SIGCONT)
         worker.stopped = False
-        return f"{worker.name} for {seconds:.1f} s, {'in a transaction' if busy else 'at rest'}"
+        self.asleep[where := "in a transaction" if busy else "at rest"] += 1
+        return f"{worker.name} for {seconds:.1f} s, {where}"
 
     def _wait_until_busy(self, worker: Worker, seconds: float = 1.5) -> bool:
         """Wait for a moment in which the worker's database session is in a transaction; whether there was one."""
@@ -145,14 +153,23 @@ class Storm:
         return False
 
     def _scale(self) -> str | None:
-        """1 -> 3 -> 1, and back to what is normal."""
+        """1 -> 3 -> 1, and back to what is normal; None when the group did not come to that."""
         kind: Kind = "ingest" if not self.faults["scale"] or self._rng.random() < 0.7 else "adapt"
         group = self._settings.kafka.ingest_group if kind == "ingest" else self._settings.kafka.adapt_group
-        for count in (1, 3, 1):
-            self._fleet.scale(kind, count)
-            wait_until(lambda wanted=count: members_with_partitions(self._settings.kafka, group) == wanted, 20.0)  # type: ignore[misc]
+        reached = [self._scaled(kind, group, count) for count in (1, 3, 1)]
         self._fleet.scale(kind, WORKERS)
-        return kind
+        return kind if all(reached) else None
+
+    def _scaled(self, kind: Kind, group: str, count: int) -> bool:
+        self._fleet.scale(kind, count)
+        return wait_until(lambda: members_with_partitions(self._settings.kafka, group) == count, _SCALED_SECONDS)
+
+    def _new_release(self) -> str:
+        """A newer release, which each worker takes up when it next looks; until all have, nothing else breaks."""
+        self._version += 1
+        self._release(self._version)
+        time.sleep(3 * self._settings.adapt.refresh_seconds)
+        return f"version {self._version}"
 
     # --- services
 

@@ -16,6 +16,7 @@ KINDS = {
     "postgres",
     "session",
     "scale",
+    "release",
     "clock",
 }
 
@@ -31,6 +32,8 @@ def test_a_storm_of_every_kind_of_fault_leaves_nothing_to_find(tmp_path: Path) -
     assert said["faults"].keys() == KINDS
     assert said["events"] > 10_000
     assert said["seed"] == 5
+    assert sum(said["asleep"].values()) == said["faults"]["sigstop"]
+    assert said["counts"]["ads_recomputed"] > 100
     assert said["seconds"] > 60
     assert said["ok"] is True
     assert done.returncode == 0

@@ -11,6 +11,7 @@ from confluent_kafka import KafkaException, Producer
 
 from innerloop.config import Settings
 from innerloop.streams import clients
+from innerloop.streams.publisher import Headers
 
 HOT = "hot"
 USERS = 20_000
@@ -30,6 +31,7 @@ _LEAST_BACKLOG, _MOST_BACKLOG = 20_000, 80_000
 
 Sent = tuple[str, str, bytes | None, int]
 """Topic, key, value, and partition, -1 where the key decides."""
+TRACED = 0.05
 
 
 class Records:
@@ -171,17 +173,18 @@ class Traffic(threading.Thread):
         for _ in range(count):
             number = self._rng.randrange(PRODUCERS)
             clock = now + self._skews[number]
-            self._produce(self._producers[number], self._records.draw(clock), clock)
+            headers: Headers | None = [("trace", str(self.sent))] if self._rng.random() < TRACED else None
+            self._produce(self._producers[number], self._records.draw(clock), clock, headers)
         self.sent += count
         for producer in self._producers:
             producer.poll(0)
 
     @staticmethod
-    def _produce(producer: Producer, sent: Sent, clock: int) -> None:
+    def _produce(producer: Producer, sent: Sent, clock: int, headers: Headers | None) -> None:
         topic, key, value, partition = sent
         while True:
             try:
-                producer.produce(topic, value, key, partition=partition, timestamp=clock)
+                producer.produce(topic, value, key, partition=partition, timestamp=clock, headers=headers)
             except BufferError:
                 producer.poll(0.1)
             else:

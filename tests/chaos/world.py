@@ -99,9 +99,9 @@ def writing_as(settings: Settings, writer: str) -> str:
     return f"{settings.database.url.get_secret_value()}?options=-c%20{WRITER}%3D{writer}"
 
 
-def random_release(count: int, *, ranked: bool) -> Release:
+def random_release(count: int, *, ranked: bool, version: int = 1) -> Release:
     """Items with random vectors, named i0 and so on: what scores mean does not matter here."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(version)
     vectors = torch.nn.functional.normalize(torch.randn(count, DIMENSION, generator=draw), dim=1)
     root = torch.randn(DIMENSION, DIMENSION, generator=draw).tril() * 0.1 + torch.eye(DIMENSION)
     head = BayesHead(torch.randn(DIMENSION, generator=draw), root, 0.5, 3_600.0)
@@ -109,7 +109,7 @@ def random_release(count: int, *, ranked: bool) -> Release:
         [f"i{n}" for n in range(count)], vectors, [], torch.zeros(0, DIMENSION - 2), torch.full((count,), -1)
     )
     data = DataSummary(events=1, users=1, items=count, first_event_time=0, last_event_time=1)
-    card = Card(1, "2026-01-01T00:00:00Z", head.name, DIMENSION, data, {}, {}, "0")
+    card = Card(version, "2026-01-01T00:00:00Z", head.name, DIMENSION, data, {}, {}, "0")
     if not ranked:
         return Release(card, encoder, head)
     torch.manual_seed(0)

@@ -1,10 +1,12 @@
-"""The loop's main test on the oldest broker that is supported: shops still have 3.x."""
+"""The loop from events to scores, on the oldest broker that is supported as on the newest: shops still have 3.x."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
+from test_erasure import World, _threads_stop, running, world  # noqa: F401 - fixtures among them
 from test_ingest import (
     Member,
     check,
@@ -19,8 +21,12 @@ from test_ingest import (
     until,
 )
 
+from innerloop.client import ScoreReader
 from innerloop.config import Settings
-from innerloop.streams import loop
+from innerloop.evaluation.judge import judge
+from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.streams import clients, loop
+from innerloop.streams.topics import ensure_topics
 from innerloop.worker import kafka_jars
 from innerloop.worker.kafka_server import KafkaServer
 
@@ -41,8 +47,46 @@ def old(settings: Settings, old_broker: KafkaServer) -> Settings:
     return shrunk(settings.model_copy(update={"kafka": kafka}))
 
 
+@pytest.mark.parametrize("version", [OLD, None], ids=str)
+def test_events_become_scores_and_what_is_bad_a_dead_letter(
+    world: World,  # noqa: F811
+    version: str | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The whole way, as the judge sees it, and as a service reads it. None: the version that all tests run on."""
+    settings = world.settings
+    if version is not None:
+        server: KafkaServer = request.getfixturevalue("old_broker")
+        kafka = settings.kafka.model_copy(update={"bootstrap_servers": server.bootstrap_servers})
+        settings = settings.model_copy(update={"kafka": kafka})
+        ensure_topics(settings)
+        world = replace(world, settings=settings)
+    events = events_of(300)
+    send(settings, events[:200])
+    send(settings, events[:50])
+    producer = clients.producer(settings.kafka)
+    producer.produce(settings.topics.clicks, b"{", "u0", headers=[("trace", b"1")])
+    assert producer.flush(30) == 0
+    with running(world, "ingest", "adapt") as threads:
+        world.caught_up(*threads)
+        send(settings, events[200:])
+        world.caught_up(*threads)
+    verdict = judge(gathered(settings, world.engine), rules_of(settings))
+    assert verdict.findings == []
+    assert (verdict.counts["records"], verdict.counts["dead_lettered"]) == (351, 1)
+    assert verdict.counts["duplicate"] == 50
+    users = world.sets().keys()
+    with ScoreReader(settings) as reader:
+        reader.wait_until_current(30)
+        assert set(reader.users()) == users
+        for user in users:
+            record = reader.get(user)
+            assert record is not None
+            assert record.support_version == world.versions()[user]
+
+
 def test_the_loop_runs_on_the_oldest_broker(old: Settings, old_broker: KafkaServer) -> None:
-    """Sets, requests, duplicates, a dead letter, a rebalance by the cooperative assignor and the offsets."""
+    """Sets, requests, duplicates, a rebalance by the cooperative assignor and the offsets."""
     events = events_of(600)
     send(old, events[:300])
     send(old, events[:100])

@@ -1,4 +1,4 @@
-"""What goes away, for how long and how: ingest behind its real loop, on servers that these tests stop."""
+"""What goes away, for how long and how: workers behind their real loop, on servers that these tests stop."""
 
 import itertools
 import json
@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -17,6 +19,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from shell import outer_environment
 from structlog.testing import capture_logs
+from test_adapt import World
 from test_ingest import (
     Member,
     check,
@@ -44,11 +47,15 @@ from innerloop.store.migrate import migrate
 from innerloop.streams import clients, waiting
 from innerloop.streams.offsets import end_offsets
 from innerloop.streams.topics import ensure_topics, topic_ids
+from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.services import Services, running_services
 
 AWAY_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "8"))
 """How long an outage lasts here; OUTAGE_SECONDS=600 takes the ten minutes of the promise."""
+long = pytest.mark.timeout(AWAY_SECONDS + 120)
 RETURN_SECONDS = 5.0
+SESSION_SECONDS = 3.0
+AS_MEMBER = ("--member", "cpu", "--threads", "1")
 STOP_SECONDS = 9.5
 """A pool kills after 10. A flush under way takes up to 5, the last commit and closing 1.5 each."""
 
@@ -65,11 +72,21 @@ def with_topics(settings: Settings) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Services]:
-    """Servers that these tests may stop."""
-    ours = Settings(kafka=KafkaSettings(), database=DatabaseSettings())
-    with running_services(ours, announce=lambda _line: None) as running:
-        yield running
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Servers that these tests may stop. The broker's sessions of the new protocol are as short as a test's."""
+    session = str(int(1000 * SESSION_SECONDS))
+    kafka = KafkaServer(
+        tmp_path_factory.mktemp("own") / "kafka",
+        announce=lambda _line: None,
+        properties={"group.consumer.min.session.timeout.ms": session, "group.consumer.session.timeout.ms": session},
+    )
+    kafka.start()
+    try:
+        ours = Settings(kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers), database=DatabaseSettings())
+        with running_services(ours, announce=lambda _line: None) as running:
+            yield replace(running, kafka=kafka)
+    finally:
+        kafka.stop()
 
 
 @pytest.fixture
@@ -80,7 +97,7 @@ def fragile(settings: Settings, own: Services) -> Settings:
     engine = connect(database)
     migrate(engine)
     with engine.begin() as connection:
-        connection.exec_driver_sql("TRUNCATE partition_ledger, support_sets, items, ads")
+        connection.exec_driver_sql("TRUNCATE partition_ledger, support_sets, items, ads, releases")
     engine.dispose()
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": own.bootstrap_servers})
     return with_topics(settings.model_copy(update={"kafka": kafka, "database": database}))
@@ -93,9 +110,9 @@ def with_properties(settings: Settings, **properties: str) -> Settings:
 
 
 class Worker:
-    """`innerloop ingest` as a process of its own, and what it says."""
+    """`innerloop ingest`, or another command, as a process of its own, and what it says."""
 
-    def __init__(self, settings: Settings, log: Path, *options: str) -> None:
+    def __init__(self, settings: Settings, log: Path, *options: str, command: str = "ingest") -> None:
         revealed = {name: value.get_secret_value() for name, value in settings.kafka.properties.items()}
         mine = {
             "KAFKA": json.dumps({**settings.kafka.model_dump(), "properties": revealed}),
@@ -103,11 +120,12 @@ class Worker:
             "TOPICS": settings.topics.model_dump_json(),
             "SUPPORT": settings.support.model_dump_json(),
             "INGEST": settings.ingest.model_dump_json(),
+            "ADAPT": settings.adapt.model_dump_json(),
         }
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "innerloop.worker", "ingest", *options],
+                [sys.executable, "-m", "innerloop.worker", command, *options],
                 env=outer_environment() | {f"INNERLOOP_{name}": value for name, value in mine.items()},
                 stdout=file,
                 stderr=file,
@@ -141,8 +159,9 @@ class Worker:
 # --- the database
 
 
+@long
 def test_a_long_outage_of_postgres_costs_no_rebalance_no_memory_and_few_lines(
-    fragile: Settings, own: Services, tmp_path: Path
+    fragile: Settings, own: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wait is longer than a session and than the longest pause between two polls; a backlog piles up meanwhile."""
     assert own.postgres
@@ -158,21 +177,70 @@ def test_a_long_outage_of_postgres_costs_no_rebalance_no_memory_and_few_lines(
     send(settings, events)
     with Worker(settings, tmp_path / "log") as worker:
         worker.waits_for(lambda: ledger(settings) == ends(settings), "goes on")
-        before = worker.memory
+        before, stood, left = worker.memory, ledger(settings), time.monotonic()
         own.postgres.stop("immediate")
         _flood(settings, 30_000, kilobytes=2)
         time.sleep(AWAY_SECONDS)
         after = worker.memory
         own.postgres.start()
-        stood = ledger(settings)
         back = time.monotonic()
         worker.waits_for(lambda: ledger(settings) != stood, "goes on")
-        assert time.monotonic() - back < RETURN_SECONDS
+        on_again = time.monotonic()
         worker.waits_for(lambda: committed(settings) == ends(settings), "catches up")
         assert after - before < (3 * limit << 10) + (16 << 20), "the queue and a batch of it, not the 60 MB that wait"
-        assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
-        assert 2 <= len(worker.said("paused")) <= 4 + AWAY_SECONDS / 300
-        assert len(worker.said("paused: over")) == 1
+        assert on_again - back < RETURN_SECONDS
+        _told_of_one_wait(worker, monkeypatch, AWAY_SECONDS, on_again - left)
+
+
+@long
+def test_a_long_outage_of_postgres_costs_adapt_no_rebalance_and_no_memory(
+    fragile: Settings, own: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in its idle turn, and then with requests in hand."""
+    assert own.postgres
+    settings = with_properties(
+        fragile, session_timeout_ms="3000", heartbeat_interval_ms="300", max_poll_interval_ms="4000"
+    )
+    with (
+        _adapting(settings, tmp_path) as world,
+        Worker(settings, tmp_path / "log", *AS_MEMBER, command="adapt") as worker,
+    ):
+        world.give_many([f"u{n}" for n in range(40)])
+        world.ask(*world.given)
+        worker.waits_for(lambda: world.last_is_newest(settings.topics.recommendations), "goes on")
+        world.give_many(list(world.given))
+        before, left = worker.memory, time.monotonic()
+        own.postgres.stop("immediate")
+        for _ in range(50):
+            world.ask(*world.given)
+        time.sleep(AWAY_SECONDS)
+        after = worker.memory
+        own.postgres.start()
+        back = time.monotonic()
+        worker.waits_for(lambda: (1, 2) in world.last(settings.topics.recommendations).values(), "goes on")
+        on_again = time.monotonic()
+        worker.waits_for(lambda: world.last_is_newest(settings.topics.recommendations), "catches up")
+        assert after - before < 32 << 20
+        assert on_again - back < RETURN_SECONDS
+        _told_of_one_wait(worker, monkeypatch, AWAY_SECONDS, on_again - left)
+
+
+@contextmanager
+def _adapting(settings: Settings, folder: Path) -> Iterator[World]:
+    """What adapt needs, and a view of what it does."""
+    engine = connect(settings.database)
+    world = World(settings, engine, folder)
+    world.register(1)
+    yield world
+    engine.dispose()
+
+
+def _told_of_one_wait(worker: Worker, monkeypatch: pytest.MonkeyPatch, least: float, most: float) -> None:
+    """No rebalance; the lines of one wait that took between so many seconds."""
+    assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
+    said = worker.said("paused")
+    assert len(lines_of_a_wait(monkeypatch, 0.9 * least)) <= len(said) <= len(lines_of_a_wait(monkeypatch, most)), said
+    assert len(worker.said("paused: over")) == 1
 
 
 def _flood(settings: Settings, count: int, *, kilobytes: int, users: int = 40) -> None:
@@ -205,15 +273,48 @@ def test_a_short_outage_of_the_broker_costs_no_rebalance(fragile: Settings, own:
         own.kafka.stop()
         time.sleep(3.0)
         own.kafka.start()
-        send(fragile, events[200:])
         back = time.monotonic()
+        send(fragile, events[200:])
         worker.waits_for(lambda: ledger(fragile) != stood, "goes on")
         assert time.monotonic() - back < RETURN_SECONDS
-        worker.waits_for(lambda: committed(fragile) == ends(fragile), "catches up")
+        worker.waits_for(lambda: _caught_up(fragile), "catches up")
         assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
         assert worker.text.count("FAIL ") <= 2, "librdkafka's own lines, dozens a second, are let through once"
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(STOP_SECONDS) == 0
+    check(fragile, events)
+
+
+@long
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_an_outage_of_the_broker_longer_than_the_session_is_waited_out(
+    fragile: Settings, own: Services, tmp_path: Path, protocol: str, request: pytest.FixtureRequest
+) -> None:
+    """Classic: given up, and joined anew when the broker has forgotten the old member. Consumer: not even noticed."""
+    if protocol == "consumer":
+        request.getfixturevalue("kip_848")
+    assert own.kafka
+    session = {"session_timeout_ms": str(int(1000 * SESSION_SECONDS)), "heartbeat_interval_ms": "300"}
+    settings = with_properties(fragile, **(session if protocol == "classic" else {}))
+    kafka = settings.kafka.model_copy(update={"group_protocol": protocol})
+    settings = settings.model_copy(update={"kafka": kafka})
+    events = events_of(400)
+    send(fragile, events[:200])
+    with Worker(settings, tmp_path / "log") as worker:
+        worker.waits_for(lambda: committed(fragile) == ends(fragile), "goes on")
+        before, stood = worker.memory, ledger(fragile)
+        own.kafka.stop()
+        time.sleep(max(AWAY_SECONDS, 2 * SESSION_SECONDS))
+        after = worker.memory
+        own.kafka.start()
+        back = time.monotonic()
+        send(fragile, events[200:])
+        worker.waits_for(lambda: ledger(fragile) != stood, "goes on")
+        assert time.monotonic() - back < RETURN_SECONDS + (SESSION_SECONDS if protocol == "classic" else 0)
+        worker.waits_for(lambda: _caught_up(fragile), "catches up")
+        assert after - before < 16 << 20
+        assert len(worker.said("lost")) == (protocol == "classic")
+        assert [len(worker.said(each)) for each in ("assigned", "revoked")] == [1 + (protocol == "classic"), 0]
     check(fragile, events)
 
 
@@ -248,6 +349,14 @@ def test_a_stop_while_the_broker_is_away_is_quick(fragile: Settings, own: Servic
     until(lambda: _answers(fragile), "the broker leads its partitions again")
     run(fragile)
     check(fragile, events)
+
+
+def _caught_up(settings: Settings) -> bool:
+    """A broker that is just back may not answer for every group yet."""
+    try:
+        return committed(settings) == ends(settings)
+    except KafkaException:
+        return False
 
 
 def _answers(settings: Settings) -> bool:
@@ -544,17 +653,30 @@ def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
 # --- what is logged
 
 
-def test_lines_about_a_wait_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+def lines_of_a_wait(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[MutableMapping[str, Any]]:
+    """What is logged of a wait of so many seconds, tried twice a second."""
     now = 1_000.0
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now))
-    wait = waiting.Waiting("paused")
-    with capture_logs() as lines:
-        for _ in range(2 * 3600):
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now))
+        wait = waiting.Waiting("paused")
+        for _ in range(int(2 * seconds)):
             wait.goes_on("the database is away")
             now += 0.5
-        wait.ends()
-        wait.ends()
-    told = [line["for_seconds"] for line in lines if line["event"] == "paused"]
+    return lines
+
+
+def test_lines_about_a_wait_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [line["for_seconds"] for line in lines_of_a_wait(monkeypatch, 3600)]
     assert told[:5] == [0, 5, 15, 35, 75]
     assert max(later - earlier for earlier, later in itertools.pairwise(told)) == 300
-    assert [line["after_seconds"] for line in lines if line["event"] == "paused: over"] == [3600.0]
+
+
+def test_the_end_of_a_wait_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((1_000.0, 1_007.5))
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    wait = waiting.Waiting("paused")
+    with capture_logs() as lines:
+        wait.goes_on("the database is away")
+        wait.ends()
+        wait.ends()
+    assert [line["after_seconds"] for line in lines if line["event"] == "paused: over"] == [7.5]

@@ -5,12 +5,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
+from confluent_kafka import murmur2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from innerloop.errors import DeadLetterError
 from innerloop.evaluation.judge import MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
-from innerloop.evaluation.judge_oracle import Oracle, Poison, Rules, read_event
+from innerloop.evaluation.judge_contents import Contents, Prior
+from innerloop.evaluation.judge_oracle import Headers, Oracle, Poison, Rules, partition_of, read_event
 from innerloop.evaluation.judge_scores import content_key, same_content
 from innerloop.events import decode
 from innerloop.store.audit import LedgerRow, StoredExample, StoredSet
@@ -36,10 +41,12 @@ def example(name: str, at: int, kind: int = 1, weight: float = 1.0) -> StoredExa
     return StoredExample(NOW + at, hashed - 2**64 if hashed >= 2**63 else hashed, f"item of {name}", kind, weight)
 
 
-def letter(offset: int, of: int, reason: str = "undecodable", value: bytes = b"{") -> Record:
-    prefix = "__connect.errors."
-    headers = {"topic": CLICKS, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
-    return record(DEAD, offset, value, **{prefix + name: text for name, text in headers.items()})
+def letter(
+    offset: int, of: int, reason: str = "undecodable", value: bytes = b"{", headers: Headers = (("trace", b"1"),)
+) -> Record:
+    said = {"topic": CLICKS, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
+    added = tuple((f"__connect.errors.{name}", text.encode()) for name, text in said.items())
+    return replace(record(DEAD, offset, value), headers=(*headers, *added))
 
 
 def request(offset: int, version: int, at: int, user: str = "u") -> Record:
@@ -64,19 +71,35 @@ def listed(offset: int, version: int, size: int, at: int, *, epoch: int = 1, **s
     return record(LISTS, offset, value, **{"innerloop.owner_epoch": str(epoch)})
 
 
+# A release so sure of itself that no example moves it: everybody gets a with 0.5 and b with 0.25.
+PRIOR = Prior(
+    ["item of c", "b", "item of b", "a"],
+    np.array([[0, 0], [0, 1], [0, 0], [1, 0]], float),
+    np.array([0.5, 0.25]),
+    1e-6 * np.eye(2),
+    1.0,
+    3_600.0,
+)
+
+
 def evidence() -> Evidence:
     """Four events of one user of whom two are kept, one of them twice, and a bad record."""
     values = [event("a", at=1), event("b", at=2, kind="purchase"), event("a", at=1), b"{", event("c", at=3)]
     return Evidence(
-        produced=[record(CLICKS, offset, value) for offset, value in enumerate(values)],
+        produced=[
+            record(CLICKS, offset, value, **({"trace": "1"} if value == b"{" else {}))
+            for offset, value in enumerate(values)
+        ],
         stored=[StoredSet("u", 2, [example("b", 2, 4, 4.0), example("c", 3)])],
         ledger=[LedgerRow(CLICKS, "id", 0, 5, 1), LedgerRow(REQUESTS, "id", 0, None, 2)],
         dead_letters=[letter(0, 3), letter(1, 3)],
         requests=[request(0, 1, 2), request(1, 2, 3), request(2, 2, 3)],
         scores={"recommendations": [listed(0, 1, 2, 2), listed(1, 2, 2, 3), listed(2, 2, 2, 3, epoch=2)]},
         requests_topic=REQUESTS,
+        partitions=1,
         committed={"ingest": {(CLICKS, 0): (5, 5)}},
         writes=[LedgerWrite(CLICKS, 0, 1, None, "one"), LedgerWrite(CLICKS, 0, 1, 5, "one")],
+        contents=Contents({1: PRIOR}, {}, 2, 0.0),
     )
 
 
@@ -115,10 +138,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dead letter of a good record": ({"dead_letters": [letter(0, 3), letter(1, 4)]}, "which is no bad record"),
     "a dead letter of nothing": ({"dead_letters": [letter(0, 3), record(DEAD, 1, b"{")]}, "which is no bad record"),
     "another reason": ({"dead_letters": [letter(0, 3, "too_large")]}, "says too_large, and it is undecodable"),
+    "other headers": ({"dead_letters": [letter(0, 3, headers=())]}, "does not repeat its headers"),
+    "headers of its own": (
+        {"dead_letters": [letter(0, 3, headers=(("trace", b"1"), ("more", b"")))]},
+        "does not repeat its headers",
+    ),
+    "accounts that do not add up": (
+        {"stored": [StoredSet("u", 2, [C])]},
+        "Of 5 records 1 are unaccounted for: 1 stored, 1 dup",
+    ),
     "another value": ({"dead_letters": [letter(0, 3, value=b"[")]}, "does not repeat its key and value"),
     "a request missing": ({"requests": [request(0, 1, 2)]}, "is at 2, the highest asked for is 1"),
     "no request": ({"requests": []}, "the highest asked for is none"),
     "a request too high": ({"requests": [request(0, 3, 3)]}, "the highest asked for is 3"),
+    "requests on another partition": ({"partitions": 2}, "user u belongs on partition"),
     "a request of another time": ({"requests": [request(0, 2, 2)]}, "last request is of events up to"),
     "nobody's request": ({"requests": [request(0, 2, 3), request(1, 1, 3, "v")]}, "User v was asked for"),
     "no score": ({"scores": {"recommendations": []}}, "User u has events and no recommendations"),
@@ -137,6 +170,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"scores": {"recommendations": [LAST, listed(3, 2, 2, 3, items=[{"item_id": "c", "score": 0.5}])]}},
         "two different recommendations of the same versions (1, 2)",
     ),
+    "another list from the beginning on": (
+        {"scores": {"recommendations": [listed(0, 2, 2, 3, items=[{"item_id": "b", "score": 0.5}])]}},
+        "User u's last recommendations begin with [('b', 0.5)], and release 1 makes [('a', 0.5), ('b', 0.25)]",
+    ),
+    "a list made of another set": (
+        {"contents": Contents({1: replace(PRIOR, root=np.eye(2), mean=np.ones(2))}, {}, 2, 0.0)},
+        "User u's last recommendations begin with [('a', 0.5), ('b', 0.25)], and release 1 makes [('b', 1.0), ",
+    ),
     "an epoch nobody had": ({"scores": {"recommendations": [listed(0, 2, 2, 3, epoch=3)]}}, "written under epoch 3"),
     "no epoch": ({"scores": {"recommendations": [replace(LAST, headers=())]}}, "written under epoch None"),
     "another user's list": ({"scores": {"recommendations": [listed(0, 2, 2, 3, user_id="v")]}}, "is of v and model"),
@@ -144,6 +185,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a write by a superseded owner": (
         {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 2, 5, "two"), LedgerWrite(CLICKS, 0, 2, 6, "one")]},
         "one moved clicks[0] to 6 under epoch 2, which two had claimed: a superseded owner wrote",
+    ),
+    "a claim that moves": (
+        {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 2, 4, "two")]},
+        "two claimed clicks[0] and moved it from 5 to 4",
+    ),
+    "a first claim that moves": ({"writes": [LedgerWrite(CLICKS, 0, 1, 5, "one")]}, "moved it from None to 5"),
+    "an epoch that is left out": (
+        {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 3, 5, "two")]},
+        "two claimed clicks[0] with epoch 3 after 1",
+    ),
+    "an epoch that falls": (
+        {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 2, 5, "two"), LedgerWrite(CLICKS, 0, 1, 5, "one")]},
+        "one claimed clicks[0] with epoch 1 after 2",
     ),
     "a ledger that goes back": (
         {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 1, 4, "one")]},
@@ -171,6 +225,30 @@ def test_findings_are_counted_and_not_all_kept() -> None:
     verdict = judged(stored=[*evidence().stored, *stored])
     assert len(verdict.findings) == MOST_FINDINGS
     assert verdict.counts["findings"] == 2 * MOST_FINDINGS
+
+
+def test_what_is_recomputed_is_counted_and_the_ads_are_those_of_their_items() -> None:
+    lists = evidence().scores["recommendations"]
+    ads = [{"ad_id": "ad", "item_id": "b", "score": 0.25}]
+    shown = [listed(0, 2, 2, 3, model="ads", ads=ads)]
+    verdict = judged(scores={"recommendations": lists, "ads": shown}, contents=Contents({1: PRIOR}, {"ad": "b"}, 2, 0))
+    assert verdict.findings == []
+    assert (verdict.counts["recommendations_recomputed"], verdict.counts["ads_recomputed"]) == (1, 1)
+
+
+def test_who_is_held_out_gets_the_list_of_nobody() -> None:
+    moved = replace(PRIOR, root=np.eye(2))
+    contents = Contents({1: moved}, {}, 1, 1.0)
+    events = [(NOW, 1, "a", 1, 1.0)]
+    assert contents.expected("recommendations", 1, "u", events) == [("a", 0.5)]
+    # One example of weight 1: halfway from 0.5 to the label 1.
+    assert replace(contents, hold_out=0.0).expected("recommendations", 1, "u", events) == [("a", 0.75)]
+    assert contents.expected("recommendations", 2, "u", events) is None
+
+
+@given(st.binary(max_size=40), st.integers(1, 300))
+def test_keys_lie_where_kafka_puts_them(key: bytes, partitions: int) -> None:
+    assert partition_of(key, partitions) == murmur2(key, partitions)
 
 
 def test_scores_that_differ_in_the_last_digits_are_the_same_list() -> None:

@@ -4,12 +4,16 @@ What it checks, each finding a sentence with the user, place or offset:
 
 - sets: Postgres holds for each user with events exactly the oracle's set (items by name, types, weights, times,
   hashes), and nobody else;
-- accounting: every produced record is stored, a duplicate, too late, or dead-lettered. A dead letter names its record's
-  topic, partition and offset and repeats its key, value and reason; every refused record has one and no other has;
+- accounting: what Postgres holds, what is on the dead-letter topic, and the duplicates and late events that the oracle
+  counts are together all that was produced. A dead letter names its record's topic, partition and offset and repeats
+  its key, value, headers and reason; every refused record has one and no other has;
 - ledger: each partition stands at its end, and each group has committed that far;
-- fencing: every move of the ledger was made by the worker that claimed that epoch, and no offset goes back;
-- requests: the highest version asked for of each user is that of its set, and no version was asked for that never was;
-- scores: see `judge_scores`.
+- fencing: every move of the ledger was made by the worker that claimed that epoch, and no offset goes back; a claim
+  takes the next epoch and leaves the offset as it is;
+- requests: the highest version asked for of each user is that of its set, no version was asked for that never was, and
+  each lies on the partition of its key;
+- scores: see `judge_scores`;
+- contents: the last lists of a sample of users are what their release makes of their sets, see `judge_contents`.
 
 Versions are not compared with anything: how many there are depends on the batches.
 """
@@ -21,13 +25,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from innerloop.evaluation.judge_oracle import Example, Oracle, Place, Rules
-from innerloop.evaluation.judge_scores import Final, ScoreJudge
+from innerloop.evaluation.judge_contents import Contents
+from innerloop.evaluation.judge_oracle import Example, Oracle, Place, Rules, partition_of
+from innerloop.evaluation.judge_scores import Final, ScoreJudge, listed, same_list
 from innerloop.scores import AdaptationRequest
 from innerloop.store.audit import LedgerRow, StoredSet
 from innerloop.streams.batch import Partition, Record
 
 MOST_FINDINGS = 100
+RECOMPUTED_USERS = 500
 _HEADER = "__connect.errors."
 
 
@@ -54,10 +60,14 @@ class Evidence:
     scores: Mapping[str, Iterable[Record]]
     """By model; leave out one that nobody publishes."""
     requests_topic: str
+    partitions: int
+    """Of the topics of requests and scores."""
     committed: Mapping[str, Mapping[Partition, tuple[int, int]]] = field(default_factory=dict)
     """By group: where its partitions stand, and where they end."""
     writes: Iterable[LedgerWrite] = ()
     """Every write to the ledger, where a trigger has kept them."""
+    contents: Contents | None = None
+    """What lists are recomputed from, where they can be."""
 
 
 @dataclass
@@ -93,10 +103,16 @@ def judge(evidence: Evidence, rules: Rules) -> Verdict:
     verdict.take(_judged_commits(evidence.committed))
     verdict.take(judged_writes(evidence.writes))
     verdict.take(_judged_letters(evidence.dead_letters, oracle, verdict.counts))
-    verdict.take(_judged_requests(evidence.requests, finals, verdict.counts))
+    verdict.take(_judged_accounts(verdict.counts))
+    verdict.take(_judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts))
     epochs = {row.partition: row.epoch for row in ledger if row.topic == evidence.requests_topic}
     for model, records in evidence.scores.items():
-        verdict.take(_judged_scores(ScoreJudge(model, epochs), model, records, finals, verdict.counts))
+        scores = ScoreJudge(model, epochs, evidence.partitions)
+        verdict.take(_judged_scores(scores, model, records, finals, verdict.counts))
+        if evidence.contents is not None:
+            verdict.take(
+                _judged_contents(scores, model, evidence.contents, finals, oracle=oracle, counts=verdict.counts)
+            )
     return verdict
 
 
@@ -112,11 +128,10 @@ def _judged_sets(
         found: list[Example] = [(each.time, each.hash, each.item, each.type, each.weight) for each in examples]
         finals[user] = Final(version, len(found), found[-1][0] if found else 0)
         wanted = oracle.expected(user)
+        counts["stored"] += len(found) if found == wanted else (Counter(found) & Counter(wanted)).total()
         if found != wanted:
-            counts["unaccounted"] += len(set(wanted) - set(found))
             yield f"User {user}'s support set is not what was produced: {_difference(found, wanted)}."
     for user in sorted(missing):
-        counts["unaccounted"] += len(oracle.expected(user))
         yield f"User {user} has {len(oracle.expected(user))} events and no support set."
 
 
@@ -153,6 +168,7 @@ def judged_writes(writes: Iterable[LedgerWrite]) -> Iterator[str]:
         rows[place] = write
         if before is None or write.epoch != before.epoch:
             claimers[*place, write.epoch] = write.writer
+            yield from _judged_claim(write, before)
             continue
         claimer = claimers[*place, write.epoch]
         if write.writer != claimer:
@@ -167,6 +183,25 @@ def judged_writes(writes: Iterable[LedgerWrite]) -> Iterator[str]:
             )
 
 
+def _judged_claim(write: LedgerWrite, before: LedgerWrite | None) -> Iterator[str]:
+    epoch, offset = (before.epoch, before.next_offset) if before else (0, None)
+    if write.epoch != epoch + 1:
+        yield f"{write.writer} claimed {write.topic}[{write.partition}] with epoch {write.epoch} after {epoch}."
+    if write.next_offset != offset:
+        yield (
+            f"{write.writer} claimed {write.topic}[{write.partition}] and moved it from {offset} to"
+            f" {write.next_offset}: a claim moves nothing."
+        )
+
+
+def _judged_accounts(counts: Counter[str]) -> Iterator[str]:
+    fates = {fate: counts[fate] for fate in ("stored", "duplicate", "too_late", "dead_lettered")}
+    counts["unaccounted"] = counts["records"] - sum(fates.values())
+    if counts["unaccounted"]:
+        said = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in fates.items())
+        yield f"Of {counts['records']} records {counts['unaccounted']} are unaccounted for: {said}."
+
+
 def _judged_letters(letters: Iterable[Record], oracle: Oracle, counts: Counter[str]) -> Iterator[str]:
     missing = dict(oracle.poison)
     for letter in letters:
@@ -177,14 +212,15 @@ def _judged_letters(letters: Iterable[Record], oracle: Oracle, counts: Counter[s
         if place is None or wanted is None:
             yield f"{where}: a dead letter of {place}, which is no bad record."
             continue
-        if missing.pop(place, None) is None:
-            counts["dead_letters_repeated"] += 1
+        counts["dead_letters_repeated" if missing.pop(place, None) is None else "dead_lettered"] += 1
         if (letter.key, letter.value) != (wanted.key, wanted.value):
             yield f"{where}: the dead letter of {place} does not repeat its key and value."
+        own, added = letter.headers[: len(wanted.headers)], letter.headers[len(wanted.headers) :]
+        if tuple(own) != wanted.headers or not all(name.startswith(_HEADER) for name, _ in added):
+            yield f"{where}: the dead letter of {place} does not repeat its headers."
         reason = _said(letter, "exception.class.name").removeprefix("innerloop.")
         if reason != wanted.reason:
             yield f"{where}: the dead letter of {place} says {reason}, and it is {wanted.reason}."
-    counts["unaccounted"] += len(missing)
     for topic, partition, offset in sorted(missing):
         yield f"{topic}[{partition}]@{offset} is a bad record and was never dead-lettered."
 
@@ -198,15 +234,19 @@ def _said(letter: Record, name: str) -> str:
     return (dict(letter.headers).get(_HEADER + name) or b"").decode()
 
 
-def _judged_requests(requests: Iterable[Record], finals: Mapping[str, Final], counts: Counter[str]) -> Iterator[str]:
+def _judged_requests(
+    requests: Iterable[Record], partitions: int, finals: Mapping[str, Final], counts: Counter[str]
+) -> Iterator[str]:
     highest: dict[str, AdaptationRequest] = {}
     decode = msgspec.json.Decoder(AdaptationRequest).decode
     for record in requests:
         counts["requests"] += 1
         request = decode(record.value or b"")
+        where = f"{record.topic}[{record.partition}]@{record.offset}"
         if record.key != request.user_id.encode():
-            where = f"{record.topic}[{record.partition}]@{record.offset}"
             yield f"{where}: the key of user {request.user_id}'s request is not theirs."
+        if record.partition != (own := partition_of(request.user_id.encode(), partitions)):
+            yield f"{where}: user {request.user_id} belongs on partition {own}."
         known = highest.get(request.user_id)
         if known is None or request.support_version >= known.support_version:
             highest[request.user_id] = request
@@ -230,3 +270,29 @@ def _judged_scores(
     counts[f"{model}"] += scores.records
     counts[f"{model}_repeated"] += scores.repeats
     counts[f"{model}_older_than_the_one_before"] += scores.older
+
+
+def _judged_contents(
+    scores: ScoreJudge,
+    model: str,
+    contents: Contents,
+    finals: Mapping[str, Final],
+    *,
+    oracle: Oracle,
+    counts: Counter[str],
+) -> Iterator[str]:
+    """Findings about the last lists of some users, evenly spread over their names."""
+    users = sorted(finals.keys() & set(oracle.users))
+    for user in users[:: max(1, len(users) // RECOMPUTED_USERS)]:
+        said = scores.last(user)
+        if not said or said["support_version"] != finals[user].support_version:
+            continue  # a finding of its own
+        wanted = contents.expected(model, said["model_version"], user, oracle.expected(user))
+        if wanted is None:
+            continue
+        counts[f"{model}_recomputed"] += 1
+        if not same_list(listed(said), wanted):
+            yield (
+                f"User {user}'s last {model} begin with {listed(said)[:2]}, and release {said['model_version']} makes"
+                f" {wanted[:2]} of the set."
+            )

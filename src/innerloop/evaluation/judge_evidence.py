@@ -5,11 +5,17 @@ from collections.abc import Iterable, Iterator
 
 from innerloop.config import Settings
 from innerloop.evaluation.judge import Evidence, LedgerWrite
+from innerloop.evaluation.judge_contents import Contents, prior_of
 from innerloop.evaluation.judge_oracle import Rules
+from innerloop.learning.releases import load
+from innerloop.store import items, releases
 from innerloop.store.audit import StoredSet, ledger_rows, stored_sets
 from innerloop.store.database import Database, transaction
 from innerloop.streams.batch import Record
+from innerloop.streams.topics import partition_counts
 from innerloop.streams.whole_topic import committed_offsets, whole_topic
+
+_MOST_RELEASES = 1_000
 
 
 def rules_of(settings: Settings) -> Rules:
@@ -24,27 +30,45 @@ def gathered(settings: Settings, engine: Database, *, writes: Iterable[LedgerWri
     events = [topics.clicks, topics.purchases]
     with transaction(engine) as connection:
         ledger = ledger_rows(connection)
+    contents = _contents(settings, engine)
     return Evidence(
         produced=(record for topic in events for record in whole_topic(settings, topic)),
         stored=_sets(engine),
         ledger=ledger,
         dead_letters=whole_topic(settings, topics.dead_letters),
         requests=whole_topic(settings, topics.requests),
-        scores=_scores(settings),
+        scores=_scores(settings, ads=bool(contents.ads)),
         requests_topic=topics.requests,
+        partitions=partition_counts(settings, [topics.requests])[topics.requests],
         committed={
             settings.kafka.ingest_group: committed_offsets(settings, settings.kafka.ingest_group, events),
             settings.kafka.adapt_group: committed_offsets(settings, settings.kafka.adapt_group, [topics.requests]),
         },
         writes=writes,
+        contents=None if settings.adapt.exclude_seen else contents,
     )
 
 
-def _scores(settings: Settings) -> dict[str, Iterator[Record]]:
+def _scores(settings: Settings, *, ads: bool) -> dict[str, Iterator[Record]]:
+    """Where there are ads, everybody must have a list of them; where there are none, nobody has."""
     topics = {"recommendations": settings.topics.recommendations, "ads": settings.topics.ads}
-    ads = settings.kafka.adapt_group  # any name will do: nothing is committed
-    held = committed_offsets(settings, ads, [settings.topics.ads])
-    return {model: whole_topic(settings, topic) for model, topic in topics.items() if model != "ads" or held}
+    return {model: whole_topic(settings, topic) for model, topic in topics.items() if ads or model != "ads"}
+
+
+def _contents(settings: Settings, engine: Database) -> Contents:
+    """What lists are made from. Items that a release lacks come into its lists when adapt hears of them: left out."""
+    with transaction(engine) as connection:
+        known = {item for _, item, _ in items.items_after(connection, 0)}
+        ads = items.active_ads(connection, settings.adapt.ad_active_days)
+        its_items = {n: item for n, item, _ in items.items_numbered(connection, [number for _, number in ads])}
+        registered = releases.newest_few(connection, _MOST_RELEASES)
+    priors = {each.version: prior_of(load(each.location, each.card)) for each in registered}
+    return Contents(
+        priors={version: prior for version, prior in priors.items() if prior and known <= set(prior.item_ids)},
+        ads={ad: its_items[number] for ad, number in ads},
+        top=settings.adapt.top,
+        hold_out=settings.quality.hold_out,
+    )
 
 
 def _sets(engine: Database) -> Iterator[StoredSet]:

@@ -19,6 +19,7 @@ Example = tuple[int, int, str, int, float]
 """Event time (epoch ms), signed 64-bit hash of the event id, item, type code, weight: sorted as they are stored."""
 Place = tuple[str, int, int]
 """(topic, partition, offset)"""
+Headers = tuple[tuple[str, bytes | None], ...]
 
 _CODES = {"click": 1, "cart": 2, "favorite": 3, "purchase": 4}
 _REQUIRED = ("event_id", "user_id", "item_id")
@@ -49,6 +50,7 @@ class Letter:
     reason: str
     key: bytes | None
     value: bytes | None
+    headers: Headers
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Oracle:
         try:
             user, example = read_event(record.value, self._rules)
         except Poison as reason:
-            self.poison[*place, record.offset] = Letter(str(reason), record.key, record.value)
+            self.poison[*place, record.offset] = Letter(str(reason), record.key, record.value, tuple(record.headers))
             return
         task = self._tasks.setdefault(user, Task())
         if example[1] in task.ids:
@@ -98,12 +100,10 @@ class Oracle:
         return self._newest(self._tasks[user])
 
     def fates(self) -> Counter[str]:
-        """How many of the records must be stored, a duplicate, too late (or pushed out since) and dead-lettered."""
+        """How many of the records must leave nothing: duplicates, and those that were too late or are pushed out."""
         distinct = sum(len(task.ids) for task in self._tasks.values())
         stored = sum(len(self._newest(task)) for task in self._tasks.values())
-        return Counter(
-            stored=stored, duplicate=self.duplicates, too_late=distinct - stored, dead_lettered=len(self.poison)
-        )
+        return Counter(duplicate=self.duplicates, too_late=distinct - stored)
 
     def _newest(self, task: Task) -> list[Example]:
         return sorted(task.events.values())[-self._rules.capacity :]
@@ -167,6 +167,20 @@ def _time_ms(value: object) -> int | None:
         return None
     since = told - datetime(1970, 1, 1, tzinfo=UTC)
     return (since.days * 86_400 + since.seconds) * 1_000 + since.microseconds // 1_000
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Where Kafka's default partitioner puts a key: murmur2, as in `org.apache.kafka.common.utils.Utils`."""
+    factor, mask = 0x5BD1E995, 0xFFFFFFFF
+    found = 0x9747B28C ^ len(key)
+    whole = len(key) & ~3
+    for at in range(0, whole, 4):
+        word = int.from_bytes(key[at : at + 4], "little") * factor & mask
+        found = (found * factor & mask) ^ ((word ^ word >> 24) * factor & mask)
+    if whole < len(key):
+        found = (found ^ int.from_bytes(key[whole:], "little")) * factor & mask
+    found = (found ^ found >> 13) * factor & mask
+    return ((found ^ found >> 15) & 0x7FFFFFFF) % partitions
 
 
 def _hash(event_id: str) -> int:

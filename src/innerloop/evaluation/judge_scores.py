@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from innerloop.evaluation.judge_oracle import partition_of
 from innerloop.streams.batch import Record
 from innerloop.streams.watch import OWNER_HEADER
 
@@ -25,7 +26,6 @@ _SCORE_TOLERANCE = 1e-4
 class _Key:
     """What is known of one key so far; `epochs` are those under which the highest order was written."""
 
-    partition: int
     highest: Order = (-1, -1)
     epochs: set[int | None] = field(default_factory=set)
     highest_offset: int = -1
@@ -46,8 +46,8 @@ class Final:
 class ScoreJudge:
     """Judges one topic of `model` ("recommendations" or "ads")."""
 
-    def __init__(self, model: str, epochs: Mapping[int, int]) -> None:
-        self._model, self._epochs = model, epochs
+    def __init__(self, model: str, epochs: Mapping[int, int], partitions: int) -> None:
+        self._model, self._epochs, self._partitions = model, epochs, partitions
         self._keys: dict[str, _Key] = {}
         self.records = self.older = self.repeats = 0
 
@@ -60,9 +60,9 @@ class ScoreJudge:
             return
         user = _user(record)
         said, epoch = json.loads(record.value), _epoch(record)
-        key = self._keys.setdefault(user, _Key(record.partition))
-        if record.partition != key.partition:
-            yield f"{where}: user {user} was on partition {key.partition} before."
+        key = self._keys.setdefault(user, _Key())
+        if record.partition != (own := partition_of(record.key, self._partitions)):
+            yield f"{where}: user {user} belongs on partition {own}."
         if said["user_id"] != user or said["model"] != self._model:
             yield f"{where}: the record under the key {user} is of {said['user_id']} and model {said['model']}."
         if epoch is None or epoch > self._epochs.get(record.partition, 0):
@@ -122,6 +122,10 @@ class ScoreJudge:
         for user in self._keys.keys() - wanted.keys():
             yield f"User {user} has {self._model} and no events."
 
+    def last(self, user: str) -> dict[str, Any]:
+        """The user's last record; empty where there is none."""
+        return self._keys[user].last if user in self._keys else {}
+
 
 def content_key(said: Mapping[str, Any]) -> tuple[int, ...]:
     """The versions that decide what a record lists. A head alone knows nothing of the trends; a ranker does."""
@@ -138,15 +142,17 @@ def same_content(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     for name in ("support_size", "event_time", "method"):
         if one[name] != other[name]:
             return False
-    return _same_list(_listed(one), _listed(other))
+    return same_list(listed(one), listed(other))
 
 
-def _listed(said: Mapping[str, Any]) -> list[tuple[str, float]]:
+def listed(said: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The entries of a record with their scores."""
     entries = said["items"] if said["model"] == "recommendations" else said["ads"]
     return [(entry.get("ad_id", entry["item_id"]), entry["score"]) for entry in entries]
 
 
-def _same_list(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> bool:
+def same_list(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> bool:
+    """Whether two lists are the same; see `same_content`."""
     if one == other:
         return True
     if len(one) != len(other):
