@@ -134,6 +134,7 @@ class Adapt:
         metrics.REQUESTS.labels("coalesced").inc(len(batch) - len(requests))
         with self._traces.spans("innerloop.adapt", batch.trace_parents, len(batch)) as spans:
             self._adapt(requests, erased, spans)
+        metrics.observe_since(metrics.REQUEST_TO_SCORE, batch.appended_ms)
         now = time.time()
         for milliseconds in appended:  # those that were coalesced, too: the list published answers all of them
             metrics.EVENT_TO_SCORE.observe(max(0.0, now - milliseconds / 1000))
