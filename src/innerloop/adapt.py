@@ -160,6 +160,7 @@ class Adapt:
         metrics.BATCH_SIZE.observe(len(batch))
         metrics.REQUESTS.labels("polled").inc(len(batch))
         metrics.REQUESTS.labels("coalesced").inc(len(batch) - len(requests))
+        metrics.observe_since(metrics.REQUEST_TO_SCORE, batch.appended_ms)
         now = time.time()
         for milliseconds in appended:  # those that were coalesced, too: the list published answers all of them
             metrics.EVENT_TO_SCORE.observe(max(0.0, now - milliseconds / 1000))

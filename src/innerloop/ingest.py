@@ -155,6 +155,7 @@ class Ingest:
             answers.append(self._erase(erasing, latest, bad))
         if len(events):
             answers.append(self._take_in(events, latest, bad, whole=batch))
+            metrics.observe_since(metrics.EVENT_TO_STORED, events.appended_ms)
         with metrics.STEP_SECONDS.labels("publish").time():
             for record, error in bad:
                 send_dead_letter(

@@ -4,6 +4,8 @@ Names are as Prometheus shows them; a counter's name gets `_total` there. What `
 computed from the same numbers, so that all three agree.
 """
 
+import time
+
 from prometheus_client import Counter, Gauge, Histogram
 
 _STEPS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -33,6 +35,17 @@ EVENT_TO_SCORE = Histogram(
     "From the oldest event record of a batch being on the topic to its users' scores being acknowledged",
     buckets=_LATENCIES,
 )
+# Its two halves; every batch counts once.
+EVENT_TO_STORED = Histogram(
+    "innerloop_event_to_stored_seconds",
+    "From the oldest event record of a batch being on the topic to its support sets being committed",
+    buckets=_LATENCIES,
+)
+REQUEST_TO_SCORE = Histogram(
+    "innerloop_request_to_score_seconds",
+    "From the oldest request of a batch being on the topic to its users' scores being acknowledged",
+    buckets=_LATENCIES,
+)
 
 # --- how far behind, by committed offsets, as any tool outside sees it
 
@@ -58,6 +71,7 @@ REBALANCES = Counter("innerloop_rebalances", "Rebalance callbacks, by kind: assi
 PAUSES = Counter("innerloop_pauses", "Tries that ended in a wait for the database or the broker")
 PARTITIONS = Gauge("innerloop_partitions", "Partitions that this process owns")
 LAST_TURN = Gauge("innerloop_last_turn_timestamp_seconds", "When the loop last turned (epoch)")
+CONSOLE_LOOKED = Gauge("innerloop_console_looked_timestamp_seconds", "When the console last knew the lag (epoch)")
 
 # --- quality, by arm (adapted, hold_out, placebo), of the newest closed window
 
@@ -83,3 +97,9 @@ QUALITY_VERSION_HIT_RATE = Gauge(
     "innerloop_quality_version_hit_rate", "Share of clicks that were among the first k", [*_VERSION, "k"]
 )
 QUALITY_VERSION_CLICKS = Gauge("innerloop_quality_version_clicks", "Clicks that were judged", _VERSION)
+
+
+def observe_since(histogram: Histogram, epoch_ms: int) -> None:
+    """Observe how long ago this was, where it is known."""
+    if epoch_ms > 0:
+        histogram.observe(max(0.0, time.time() - epoch_ms / 1000))
