@@ -7,12 +7,13 @@ import torch
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation import taught_heads
+from innerloop.evaluation.baselines import sasrec
 from innerloop.evaluation.protocols import slate
 from innerloop.evaluation.scoreboard import rows
 from innerloop.evaluation.slate_features import Action, Layout, Population, Slate, features, price_ranks
 from innerloop.evaluation.slate_heads import LISTS, HeadArms, support, teach
 from innerloop.evaluation.slate_log import read_log
-from innerloop.evaluation.slate_replay import Replay
+from innerloop.evaluation.slate_replay import Choice, Replay
 from innerloop.learning.ads.choosers import Chooser, Seen
 
 _START = 1_750_000_000_000
@@ -57,6 +58,7 @@ def _tell(_what: str, _share: float) -> None: ...
 @pytest.fixture(autouse=True)
 def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taught_heads, "STEPS", 4)
+    monkeypatch.setattr(sasrec, "_EPOCHS", (1, 3))
 
 
 def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
@@ -64,6 +66,7 @@ def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
     assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
     assert found.baselines <= set(found.arms)
+    assert found.baselines >= {"popularity-1h", "vsknn", "ials", "sasrec", "item-knn", "last-interacted"}
     assert len(found.users) == 60
     for arm in found.arms:
         assert found.means[arm]["mrr"].shape == (60,)
@@ -120,6 +123,121 @@ def test_only_what_must_be_there_must_be_there(tmp_path: Path) -> None:
     assert len(slate.run(tmp_path / "bare.jsonl", seed=0, tell=_tell).users) == 60
 
 
+def _same(tmp_path: Path, changed: pl.DataFrame) -> None:
+    _log().write_parquet(tmp_path / "a.parquet")
+    changed.write_parquet(tmp_path / "b.parquet")
+    first, again = (slate.run(tmp_path / f"{name}.parquet", seed=0, tell=_tell) for name in "ab")
+    for arm in first.arms:
+        np.testing.assert_array_equal(first.means[arm]["mrr"], again.means[arm]["mrr"], err_msg=arm)
+
+
+def test_times_of_any_unit_are_the_same_times(tmp_path: Path) -> None:
+    _same(tmp_path, _log().with_columns(pl.from_epoch("ts_ms", "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")))
+    _same(tmp_path, _log().with_columns(pl.col("ts_ms") * 1_000))
+
+
+def test_lists_of_a_fixed_size_and_numbers_with_gaps_are_the_same_lists(tmp_path: Path) -> None:
+    numbers = pl.col("item_id").cast(pl.Float64), pl.col("impressions").cast(pl.Array(pl.Float64, 6))
+    _same(tmp_path, _log().with_columns(*numbers, pl.col("prices").cast(pl.Array(pl.Int64, 6))))
+
+
+def test_a_place_without_an_item_and_odd_prices_are_no_error(tmp_path: Path) -> None:
+    table = _log()
+    gaps = [None if some is None else [*some[:3], None, *some[3:]] for some in table["impressions"].to_list()]
+    odd = [None if some is None else [0.0, -1.0, 0.2, None, float("nan"), 1e12] for some in table["prices"].to_list()]
+    table = table.with_columns(pl.Series("impressions", gaps), pl.Series("prices", odd, dtype=pl.List(pl.Float64)))
+    table.write_parquet(tmp_path / "gaps.parquet")
+    found = slate.run(tmp_path / "gaps.parquet", seed=0, tell=_tell)
+    assert np.isfinite(found.means["default"]["mrr"]).all()
+
+
+def test_lists_may_be_of_any_length(tmp_path: Path) -> None:
+    """The longest of the training part has a weight for each position; what is behind it shares the last."""
+    table = _log()
+    last = table["session_id"].max()
+    more = [*range(40), *range(100, 260)]
+    lists = [
+        [*some, *[one for one in more if one not in some]] if some is not None and session == last else some
+        for some, session in zip(table["impressions"].to_list(), table["session_id"].to_list(), strict=True)
+    ]
+    table.with_columns(pl.Series("impressions", lists)).write_parquet(tmp_path / "long.parquet")
+    found = slate.run(tmp_path / "long.parquet", seed=0, tell=_tell)
+    assert found.facts["positions with a weight"] == 6
+    assert np.isfinite(found.means["default"]["mrr"]).all()
+
+
+def test_choices_of_one_time_are_learned_from_after_all_of_them_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = _log(80)
+    shared = pl.col("session_id") // 4 * 600_000 + _START + pl.col("step") * 1_000
+    table.with_columns(ts_ms=shared.cast(pl.Int64)).write_parquet(tmp_path / "ties.parquet")
+    asked: list[tuple[int, int]] = []
+    ours = slate._ours
+
+    def spied(
+        learner: slate._Learner, choice: Choice, *more: object
+    ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+        newest = max(one.time for one in learner.newest[0])
+        asked.append((newest, choice.slate.time))
+        return ours(learner, choice, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slate, "_ours", spied)
+    slate.run(tmp_path / "ties.parquet", seed=0, tell=_tell)
+    assert len(asked) == 40
+    assert all(newest < now for newest, now in asked)
+
+
+def test_of_many_choices_some_are_scored_and_old_lists_are_forgotten(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = slate.run(file, seed=0, tell=_tell)
+    few = slate.run(file, seed=0, tell=_tell, most=20)
+    assert few.users.tolist() == whole.users[::3].tolist()
+    for arm in ("default", "last-interacted", "vsknn", "popularity-1h"):
+        assert few.means[arm]["mrr"][0] == whole.means[arm]["mrr"][0]
+    monkeypatch.setattr(slate, "_MOST_KEPT", 30)
+    learner: list[slate._Learner] = []
+    learn = slate._Learner.learn
+
+    def spied(self: slate._Learner, *given: object) -> None:
+        learner[:] = [self]
+        learn(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slate._Learner, "learn", spied)
+    found = slate.run(file, seed=0, tell=_tell)
+    assert len(found.users) == 60
+    assert sum(map(len, learner[0].by_user.values())) <= len(learner[0].kept) == 30
+    assert len(learner[0].newest[0]) == 30
+
+
+def test_popularity_of_the_hour_forgets_what_is_older() -> None:
+    population = Population()
+    for time, item in ((0, 1), (1_000, 2), (1_800_000, 1)):
+        population.add_look(item, time, [])
+    assert population.last_hour([1, 2, 3], 3_600_000).tolist() == [2, 1, 0]
+    assert population.last_hour([1, 2, 3], 3_600_500).tolist() == [1, 1, 0]
+    assert population.last_hour([1, 2, 3], 9_000_000).tolist() == [0, 0, 0]
+
+
+def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path) -> None:
+    """Every session looks at an item and then chooses the one after it."""
+    rng = np.random.default_rng(0)
+    found = []
+    for session in range(200):
+        looked = int(rng.integers(20))
+        shown = rng.permutation([(looked + 1) % 20, *rng.choice(np.arange(20, 40), 5, replace=False)]).tolist()
+        common = {"user_id": session % 50, "session_id": session, "action_type": "look"}
+        time = _START + session * 600_000
+        found += [
+            common | {"ts_ms": time, "item_id": looked},
+            common | {"ts_ms": time + 1_000, "item_id": (looked + 1) % 20, "impressions": shown},
+        ]
+    pl.DataFrame(found, infer_schema_length=None).write_parquet(tmp_path / "pairs.parquet")
+    outcome = slate.run(tmp_path / "pairs.parquet", seed=0, tell=_tell)
+    assert outcome.means["vsknn"]["mrr"].mean() > outcome.means["shown-order"]["mrr"].mean() + 0.2
+
+
 @pytest.mark.parametrize("missing", ["user_id", "session_id", "ts_ms", "action_type", "item_id", "impressions"])
 def test_a_missing_column_is_named(tmp_path: Path, missing: str) -> None:
     _log(30).drop(missing).write_parquet(tmp_path / "x.parquet")
@@ -162,7 +280,7 @@ def test_actions_of_the_same_time_are_not_known_unless_an_earlier_step(tmp_path:
 
 
 def test_offsets_recency_and_counts_point_at_the_right_candidate() -> None:
-    layout = Layout([0, 1], [])
+    layout = Layout([0, 1], [], 25)
     shown = Slate(10_000, 5, np.array([3, 4, 5, 6]), np.array([10.0, 30.0, 20.0, 40.0]), np.zeros(0, np.int64))
     history = [Action(1_000, 5, 6, 0, chosen=True), Action(5_000, 5, 4, 1, chosen=False)]
     found = features(layout, shown, history, Population())

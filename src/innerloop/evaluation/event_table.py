@@ -107,9 +107,9 @@ def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     kind = pl.lit("click") if "event_type" not in table.columns else _event_type()
     identifiers = [name for name in table.columns if name not in _NUMBERS and name not in ("event_time", "event_type")]
     table = table.with_columns(
-        _event_time(table["event_time"], path),
+        event_times(table["event_time"], path),
         kind.alias("event_type"),
-        *(_identifier(table[name]) for name in identifiers),
+        *(identifiers_of(table[name]) for name in identifiers),
         *(pl.col(name).cast(dtype, strict=False) for name, dtype in _NUMBERS.items() if name in table.columns),
     )
     for name in _REQUIRED:
@@ -123,7 +123,7 @@ def _event_type() -> pl.Expr:
     return name.replace(_SYNONYMS).fill_null("click")
 
 
-def _identifier(column: pl.Series) -> pl.Series:
+def identifiers_of(column: pl.Series) -> pl.Series:
     """As text; 12.0, which a column of whole numbers with gaps turns into, is 12."""
     if column.dtype.is_float() and bool((column.drop_nulls() % 1 == 0).all()):
         column = column.cast(pl.Int64)
@@ -131,8 +131,11 @@ def _identifier(column: pl.Series) -> pl.Series:
     return text.replace("", None)
 
 
-def _event_time(column: pl.Series, path: Path) -> pl.Series:
-    """Epoch milliseconds from numbers (unit by size), dates, RFC 3339 text or numbers as text."""
+def event_times(column: pl.Series, path: Path) -> pl.Series:
+    """Epoch milliseconds from numbers (unit by size), dates, RFC 3339 text or numbers as text.
+
+    Raises SettingsError for anything else.
+    """
     if column.dtype == pl.String:
         numbers = column.cast(pl.Float64, strict=False)
         if numbers.null_count() > column.null_count():

@@ -5,7 +5,7 @@ where on the list the items are that were last looked at, for users go down a li
 item was looked at, how often chosen when shown, and what else is looked at in the same sessions.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,17 +16,19 @@ from innerloop.evaluation.outcome import Floats, Ints
 
 Features = NDArray[np.float32]
 
-POSITIONS = 25
+_MOST_POSITIONS = 100  # that have a weight of their own; those behind them share the last
 _BEHIND, _AHEAD = 4, 8  # offsets from an anchor that have a weight of their own
 _RECENT = 5
 _KINDS = 8
 _LEVELS = 3
 _PRIOR_SHOWN = 20.0  # impressions' worth of the average choice rate that every item begins with
+_PRIOR_LIST = 25.0  # one choice from a list of that length, before anything is known
+_HOUR = 3_600_000  # ms
 _HALF_LIFE = 6 * 3_600_000.0  # ms, of popularity
 _SLOPES, _SIMILAR = 3, 2  # of position slopes those without, of population the one with the user's own actions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """One earlier action of a user on an item; `chosen` where it chose from a list."""
 
@@ -47,11 +49,16 @@ class Population:
     together: dict[int, dict[int, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     total_shown: float = 0.0
     total_taken: float = 0.0
+    newest: deque[tuple[int, int]] = field(default_factory=deque)  # (time, item) of the last hour's looks
+    in_hour: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def add_look(self, item: int, time: int, recent: Sequence[int]) -> None:
         """Count an action on `item` in a session whose last distinct other items are `recent`."""
         count, since = self.looked.get(item, (0.0, time))
         self.looked[item] = (count * 2.0 ** (-(time - since) / _HALF_LIFE) + 1.0, time)
+        self._forget(time)
+        self.newest.append((time, item))
+        self.in_hour[item] += 1
         for other in recent:
             self.together[item][other] += 1.0
             self.together[other][item] += 1.0
@@ -68,9 +75,21 @@ class Population:
         found = [self.looked.get(item, (0.0, time)) for item in items]
         return np.array([count * 2.0 ** (-(time - since) / _HALF_LIFE) for count, since in found])
 
+    def last_hour(self, items: Sequence[int], time: int) -> Floats:
+        """Actions on each item within the hour before `time`, which never goes back."""
+        self._forget(time)
+        return np.array([self.in_hour.get(item, 0) for item in items], np.float64)
+
+    def _forget(self, time: int) -> None:
+        while self.newest and self.newest[0][0] < time - _HOUR:
+            item = self.newest.popleft()[1]
+            self.in_hour[item] -= 1
+            if not self.in_hour[item]:
+                del self.in_hour[item]
+
     def choice_rate(self, items: Sequence[int]) -> Floats:
         """Log of (choices per impression, shrunk to the average) over the average."""
-        average = (self.total_taken + 1.0) / (self.total_shown + 25.0)
+        average = (self.total_taken + 1.0) / (self.total_shown + _PRIOR_LIST)
         taken = np.array([self.taken.get(item, 0.0) for item in items])
         shown = np.array([self.shown.get(item, 0.0) for item in items])
         return np.asarray(np.log((taken / average + _PRIOR_SHOWN) / (shown + _PRIOR_SHOWN)), np.float64)
@@ -90,17 +109,18 @@ class Population:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and groups of the features for data with these kinds of action and these contexts."""
+    """Names and groups of the features for data with these kinds of action, these contexts and lists of that length."""
 
     kinds: Sequence[int]  # the commonest kinds of action in the training part, at most _KINDS
     levels: Sequence[tuple[int, int]]  # (context, level) with a slope of its own
+    positions: int  # with a weight of their own
 
     @property
     def blocks(self) -> list[tuple[str, int]]:
         """Name and width of each group, in order."""
         offsets = _BEHIND + _AHEAD + 2
         return [
-            ("position", POSITIONS),
+            ("position", self.positions),
             ("position slopes", 2 * _SLOPES),
             ("price", 3),
             ("recency", _RECENT),
@@ -154,6 +174,11 @@ def common_kinds(actions: Ints, items: Ints) -> list[int]:
     return [int(kind) for kind in np.argsort(-counts, kind="stable")[:_KINDS] if counts[kind]]
 
 
+def positions_of(lists: Sequence[Ints]) -> int:
+    """How many positions of these lists have a weight of their own."""
+    return min(_MOST_POSITIONS, max((len(some) for some in lists), default=1))
+
+
 @dataclass(frozen=True)
 class Slate:
     """One list: when, in which session, the items [P], their prices [P], and the levels of the contexts [C]."""
@@ -173,7 +198,7 @@ def features(layout: Layout, slate: Slate, history: Sequence[Action], population
     price = _price(slate.prices)
     slopes = _position_slopes(len(slate.items), bool(recent))
     parts = [
-        _one_hot(np.minimum(np.arange(len(slate.items)), POSITIONS - 1), POSITIONS),
+        _one_hot(np.minimum(np.arange(len(slate.items)), layout.positions - 1), layout.positions),
         slopes,
         price,
         _recency(place, recent, len(slate.items)),
@@ -216,7 +241,8 @@ def _price(prices: Floats) -> Floats:
     """Log of the price over the list's mean, rank, and whether none is cheaper."""
     if np.isnan(prices).any():
         return np.zeros((len(prices), 3))
-    logs = np.log(np.maximum(prices, 1.0))
+    least = prices[prices > 0].min(initial=np.inf)  # what costs nothing is as the cheapest that does
+    logs = np.log(np.maximum(prices, least)) if np.isfinite(least) else np.zeros(len(prices))
     return np.stack([logs - logs.mean(), price_ranks(prices), (prices == prices.min()).astype(float)], 1)
 
 

@@ -1,11 +1,11 @@
 """Reading a log of search sessions: what was done to which item, and at a click-out the list that was shown.
 
-Columns: user_id, session_id, ts_ms (or event_time, timestamp; epoch ms or s), action_type, item_id, impressions (a
-list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where the file has
+Columns: user_id, session_id, ts_ms (or event_time, timestamp; as in an event table), action_type, item_id, impressions
+(a list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where the file has
 them prices (as impressions), step (the order within one time), platform and device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import event_times, identifiers_of
 from innerloop.evaluation.outcome import Floats, Ints
 
 _TIMES = ("ts_ms", "event_time", "timestamp", "time", "ts")
@@ -31,7 +32,6 @@ _READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
     ".jsonl": pl.read_ndjson,
     ".ndjson": pl.read_ndjson,
 }
-_SECONDS = 1e11  # epoch numbers below it are seconds
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def read_log(path: Path) -> SlateLog:
     table = table.with_columns(_time(table["time"], path), _listed(table["impressions"]))
     if "prices" in found:
         table = table.with_columns(_listed(table["prices"]))
+    table = table.with_columns(identifiers_of(table["item"]))
     if "step" in found:
         table = table.with_columns(pl.col("step").cast(pl.Float64, strict=False))
     table = table.sort([name for name in ("time", "step") if name in found], maintain_order=True)
@@ -102,29 +103,32 @@ def _columns(raw: pl.DataFrame, path: Path) -> dict[str, str]:
 
 
 def _time(column: pl.Series, path: Path) -> pl.Series:
-    if column.dtype.is_temporal():
-        return column.cast(pl.Datetime("ms")).cast(pl.Int64)
-    numbers = column.cast(pl.Float64, strict=False)
-    if len(numbers) == 0 or numbers.null_count():
-        raise SettingsError(f"{path} has no actions, or times that are no numbers: give epoch milliseconds.")
-    factor = 1000.0 if float(numbers.abs().max() or 0.0) < _SECONDS else 1.0  # type: ignore[arg-type]
-    return (numbers * factor).round().cast(pl.Int64)
+    times = event_times(column, path)
+    if len(times) == 0 or times.null_count():
+        raise SettingsError(f"{path} has no actions, or some without a time: give every action one.")
+    return times
 
 
 def _listed(column: pl.Series) -> pl.Series:
     """Lists of text from lists of anything, or from text with `|` between the items."""
+    if isinstance(column.dtype, pl.Array):
+        column = column.arr.to_list()
     if isinstance(column.dtype, pl.List):
+        inner = column.explode()
+        if inner.dtype.is_float() and bool((inner.drop_nulls() % 1 == 0).all()):
+            column = column.cast(pl.List(pl.Int64))  # whole numbers, as `identifiers_of` has them
         return column.cast(pl.List(pl.String))
     text = column.cast(pl.String)
     return text.replace("", None).str.split("|")
 
 
 def _numbered(table: pl.DataFrame) -> SlateLog:
-    item = table["item"].cast(pl.String).fill_null("")
+    item = table["item"].fill_null("")
     # An item chosen outside of the list that was shown, or a list without a choice, is no choice among the shown.
     shown = table["impressions"].fill_null([])
     names = {name: at for at, name in enumerate(pl.concat([item, shown.explode().drop_nulls()]).unique().sort())}
-    lists = [np.array([names[one] for one in some], np.int64) for some in shown.to_list()]
+    none: Ints = np.zeros(0, np.int64)  # one for all: most actions are shown no list
+    lists = [_numbers(names, some) if some else none for some in shown.to_list()]
     items = np.array([names[one] if one else -1 for one in item.to_list()], np.int64)
     actions, action_names = _codes(table["action"])
     contexts = [name for name in _CONTEXT if name in table.columns]
@@ -144,16 +148,24 @@ def _numbered(table: pl.DataFrame) -> SlateLog:
     )
 
 
+def _numbers(names: Mapping[str, int], items: Sequence[str | None]) -> Ints:
+    """A place of a list without an item is left out; its prices then have another length, and are unknown."""
+    return np.array([names[one] for one in items if one is not None], np.int64)
+
+
 def _codes(column: pl.Series) -> tuple[Ints, list[str]]:
     names, codes = np.unique(column.cast(pl.String).fill_null("").to_numpy().astype(str), return_inverse=True)
     return codes.astype(np.int64), names.tolist()
 
 
 def _prices(table: pl.DataFrame, lists: Sequence[Ints]) -> list[Floats]:
+    none: Floats = np.zeros(0)
     if "prices" not in table.columns:
-        return [np.full(len(some), np.nan) for some in lists]
+        return [np.full(len(some), np.nan) if len(some) else none for some in lists]
     given = table["prices"].cast(pl.List(pl.Float64), strict=False).to_list()
-    return [
-        np.array(some, np.float64) if some is not None and len(some) == len(shown) else np.full(len(shown), np.nan)
-        for some, shown in zip(given, lists, strict=True)
-    ]
+    return [_priced(some, len(shown)) if len(shown) else none for some, shown in zip(given, lists, strict=True)]
+
+
+def _priced(given: Sequence[float | None] | None, count: int) -> Floats:
+    known = given is not None and len(given) == count
+    return np.array(given, np.float64) if known else np.full(count, np.nan)

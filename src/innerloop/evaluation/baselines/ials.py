@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from innerloop.evaluation.baselines.candidate_lists import WIDTH, Lists, largest
 from innerloop.evaluation.baselines.popularity import Counts, for_everybody, where_known
-from innerloop.evaluation.outcome import Bools, Ints
+from innerloop.evaluation.outcome import Bools, Floats, Ints
 from innerloop.learning.stream_log import StreamLog
 
 Factors = NDArray[np.float32]
@@ -43,18 +43,32 @@ class ImplicitFactors:
         self._shown = last
 
     def candidates(self, rows: Ints, support: Ints) -> Lists:
-        now = int(self._log.times[rows].min())
-        if not self._shown:
-            return for_everybody(self._counts.top(), len(rows))
-        if self._fitted_at is None or now - self._fitted_at >= _REFIT_MS:
-            self._fit()
-            self._fitted_at = now
-        items = np.where(support >= 0, self._log.items[support], -1)
-        items[~self._fitted[items]] = -1
+        items = self._known(rows, support)
         some: Bools = np.any(items >= 0, axis=1)
         if not some.any():
             return for_everybody(self._counts.top(), len(rows))
         return self._lists(items, some)
+
+    def scores_of(self, rows: Ints, support: Ints, items: Ints) -> Floats:
+        """Scores [Q, P] of `items` [Q, P], -1 for none; 0 for what is without factors, or for everything if all is."""
+        own, found = self._known(rows, support), np.zeros(items.shape)
+        some: Bools = np.any(own >= 0, axis=1)
+        if some.any():
+            factors = self._model.item_factors[np.maximum(items[some], 0)]
+            scores = np.einsum("qd,qpd->qp", self._users(own[some]), factors)
+            found[some] = np.where(self._fitted[items[some]], scores, 0.0)
+        return found
+
+    def _known(self, rows: Ints, support: Ints) -> Ints:
+        """The own items [Q, S] that have factors, -1 for the others; fitted again first when that is due."""
+        now = int(self._log.times[rows].min())
+        items = np.where(support >= 0, self._log.items[support], -1)
+        if not self._shown:
+            return np.full(items.shape, -1)
+        if self._fitted_at is None or now - self._fitted_at >= _REFIT_MS:
+            self._fit()
+            self._fitted_at = now
+        return np.where(self._fitted[items], items, -1)
 
     def _lists(self, own: Ints, some: Bools) -> Lists:
         """By the factors where there are `some` own items with factors, else what is popular."""

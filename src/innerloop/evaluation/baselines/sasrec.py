@@ -47,6 +47,19 @@ class SasRec:
         best = np.argpartition(scores, -width, axis=1)[:, -width:]
         return where_known(known, (self._items[best], np.take_along_axis(scores, best, 1)), self._counts.top())
 
+    def scores_of(self, rows: Ints, support: Ints, items: Ints) -> Floats:
+        """Scores [Q, P] of `items` [Q, P], -1 for none; the least for what the training didn't see."""
+        del rows
+        found = np.zeros(items.shape)
+        if self._model is None and not self._train():
+            return found
+        own = self._number[np.where(support >= 0, self._log.items[support], -1)]
+        known: Bools = np.any(own >= 0, axis=1)
+        if known.any():
+            scores, number = self._scores(own[known]), self._number[items[known]]
+            found[known] = np.where(number >= 0, np.take_along_axis(scores, np.maximum(number, 0), 1), -np.inf)
+        return found
+
     def _scores(self, own: Ints) -> Floats:
         """Scores [Q, M] of all M items after items [Q, S], newest first, -1 for what is unknown."""
         assert self._model is not None  # noqa: S101 - candidates() sees to it

@@ -49,18 +49,37 @@ class SessionNeighbours:
 
     def candidates(self, rows: Ints, support: Ints) -> Lists:
         count = len(rows)
+        moment, item, similarity = self._votes(support)
+        popular, _ = self._counts.top()
+        return self._sums.lists(
+            np.concatenate((moment, np.repeat(np.arange(count), len(popular)))),
+            np.concatenate((item, np.tile(popular, count))),
+            np.concatenate((similarity, np.zeros(count * len(popular)))),
+            count,
+            bonus=_LEAST * below_one(self._counts.counts),
+        )
+
+    def scores_of(self, rows: Ints, support: Ints, items: Ints) -> Floats:
+        """Scores [Q, P] of `items` [Q, P], -1 for none; what is in no neighbour has its popularity's."""
+        del rows
+        moment, item, similarity = self._votes(support)
+        width = len(self._log.item_ids) + 1  # the last for item -1
+        pairs, inverse = np.unique(moment * width + item, return_inverse=True)
+        sums = np.append(np.bincount(inverse, similarity, len(pairs)), 0.0)
+        asked = np.arange(len(items))[:, None] * width + np.where(items >= 0, items, width - 1)
+        at = np.searchsorted(pairs, asked)
+        there = np.append(pairs, -1)[at] == asked
+        popular = np.append(_LEAST * below_one(self._counts.counts), 0.0)
+        found: Floats = np.where(there, sums[at], 0.0) + popular[items]
+        return found
+
+    def _votes(self, support: Ints) -> tuple[Ints, Ints, Floats]:
+        """Items of each moment's neighbours: (moment [E], item [E], similarity [E])."""
         moment, visit, similarity = self._neighbours(support)
         length = np.minimum(self._visit_shown[visit], _LENGTH)
         row = self._log.by_user[ragged(self._visits.start[visit] + self._visit_shown[visit] - length, length)]
         once = self._visits.is_new[row]
-        popular, _ = self._counts.top()
-        return self._sums.lists(
-            np.concatenate((np.repeat(moment, length)[once], np.repeat(np.arange(count), len(popular)))),
-            np.concatenate((self._log.items[row[once]], np.tile(popular, count))),
-            np.concatenate((np.repeat(similarity, length)[once], np.zeros(count * len(popular)))),
-            count,
-            bonus=_LEAST * below_one(self._counts.counts),
-        )
+        return np.repeat(moment, length)[once], self._log.items[row[once]], np.repeat(similarity, length)[once]
 
     def _neighbours(self, support: Ints) -> tuple[Ints, Ints, Floats]:
         """Neighbours of each moment: (moment [E], visit [E], similarity times weight of the newest shared item [E])."""
