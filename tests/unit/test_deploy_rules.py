@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from deployment import DASHBOARD, DEPLOY, metric_names, panels, rules
+from deployment import DASHBOARD, DEPLOY, document, metric_names, panels, rules
 from programs import program
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
@@ -40,8 +40,15 @@ def test_promtool_finds_that_each_alert_fires_when_it_must_and_only_then() -> No
     command = [program("promtool", "apt-get install prometheus"), "test", "rules", *tests]
     done = subprocess.run(command, cwd=PROMETHEUS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = set(re.findall(r"alertname: (\w+)", "".join((PROMETHEUS / name).read_text() for name in tests)))
-    assert asked == {rule["alert"] for rule in rules() if "alert" in rule}
+    cases = [
+        asked
+        for name in tests
+        for each in document(PROMETHEUS / name)["tests"]
+        for asked in each.get("alert_rule_test", [])
+    ]
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == alerts
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts
 
 
 def test_promtool_accepts_the_configuration() -> None:
