@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs one benchmark after installing: tests/bench.sh ingest|adapt|loop|backlog|heads|score|growth|scale [--json FILE] [options: --help]
+# Runs one benchmark after installing: tests/bench.sh ingest|adapt|loop|backlog|heads|score|growth|scale|quality [--json FILE] [options: --help]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
-    ingest | adapt | loop | backlog | heads | score | growth | scale) ;;
+    ingest | adapt | loop | backlog | heads | score | growth | scale | quality) ;;
     *)
-        echo "usage: tests/bench.sh ingest|adapt|loop|backlog|heads|score|growth|scale [--json FILE] [options; --help lists them]" >&2
+        echo "usage: tests/bench.sh ingest|adapt|loop|backlog|heads|score|growth|scale|quality [--json FILE] [options; --help lists them]" >&2
         exit 2
         ;;
 esac
