@@ -34,5 +34,6 @@ $bin/ruff format --check .
 PYTHONPATH=.venv/tree $bin/lint-imports --no-logo
 echo "== types"
 $bin/mypy
-echo "== tests"
+echo "== tests (how the console looks is left in ${SCREENSHOTS:=$PWD/build/screenshots})"
+export SCREENSHOTS
 $bin/pytest --no-fold-skipped "$@"
