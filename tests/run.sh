@@ -43,5 +43,6 @@ case "$code" in
 esac
 echo "== types"
 $bin/mypy
-echo "== tests"
+echo "== tests (how the console looks is left in ${SCREENSHOTS:=$PWD/build/screenshots})"
+export SCREENSHOTS
 $bin/pytest --no-fold-skipped "$@"

@@ -1,5 +1,6 @@
 """One user, from the database to the score topics: whether what is published is made of what is stored."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -20,7 +21,7 @@ class Example:
     """One event of a support set, as people read it."""
 
     time: str
-    event_type: str
+    event: str
     item: str
     category: str
 
@@ -63,11 +64,23 @@ class Person:
             for place, item in enumerate(self.recommendations.items)
         }
 
+    @property
+    def gone(self) -> list[str]:
+        """Items of the list before that are no longer on it, best first."""
+        if self.recommendations is None or self.before is None:
+            return []
+        kept = {item.item_id for item in self.recommendations.items}
+        return [item.item_id for item in self.before.items if item.item_id not in kept]
+
 
 def look_up(settings: Settings, engine: Database, user_id: str) -> Person:
     """Read everything about a user. Raises RetryError and ServiceError."""
-    shown, before = newest_two(settings, "recommendations", user_id)
-    ads = newest(settings, "ads", user_id)
+    with ThreadPoolExecutor(max_workers=2) as pool:  # each reads the user's whole partition of its topic
+        lists, its_ads = (
+            pool.submit(newest_two, settings, "recommendations", user_id),
+            pool.submit(newest, settings, "ads", user_id),
+        )
+        (shown, before), ads = lists.result(), its_ads.result()
     with transaction(engine) as connection:
         _, sets, versions = support_sets.read(connection, [user_id])
         release = releases.newest(connection)

@@ -1,36 +1,58 @@
 """The windows that `innerloop quality` has closed, as they come."""
 
-from collections.abc import Iterator
-
 import msgspec
 
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality_record import AtCutoff, Group, QualityWindow
 from innerloop.streams.tail import Tail
 
-KEPT = 200
-"""Windows: more than an hour of them, a minute each."""
+_HOUR_MS = 3_600_000
+_TWICE = 2  # a window may have been told more than once
 
 
 class WindowReader:
-    """Reads the newest windows there are, and then each new one. Raises ServiceError without the topic."""
+    """Reads the newest windows there are, and then each new one."""
 
     def __init__(self, settings: Settings) -> None:
-        self._tail = Tail(settings, settings.topics.quality_windows, last=KEPT)
+        self._settings = settings
+        self._tail: Tail | None = None
         self._decode = msgspec.json.Decoder(QualityWindow).decode
+        self._windows: dict[int, QualityWindow] = {}
 
     def close(self) -> None:
-        self._tail.close()
+        if self._tail is not None:
+            self._tail.close()
 
-    def new(self) -> Iterator[QualityWindow]:
-        """Those that came since the last call; what others wrote is left out."""
+    def read(self) -> tuple[QualityWindow, ...]:
+        """Those of the hour before the newest one's end, each once, oldest first; what others wrote is left out.
+
+        Raises ServiceError without the topic.
+        """
+        if self._tail is None:
+            last = _TWICE * (_HOUR_MS // (1000 * self._settings.quality.window_seconds) + 1)
+            self._tail = Tail(self._settings, self._settings.topics.quality_windows, last=last)
         for value in self._tail.new():
             try:
-                yield self._decode(value)
+                window = self._decode(value)
             except msgspec.MsgspecError:
                 continue
+            self._windows[window.window_start] = window
+        return last_hour(self._windows)
+
+
+def last_hour(windows: dict[int, QualityWindow]) -> tuple[QualityWindow, ...]:
+    """Drop those that are more than an hour older than the newest; the others, oldest first."""
+    newest = max((window.window_end for window in windows.values()), default=0)
+    for start in [start for start, window in windows.items() if window.window_end <= newest - _HOUR_MS]:
+        del windows[start]
+    return tuple(windows[start] for start in sorted(windows))
 
 
 def hit_rates(window: QualityWindow, k: int) -> dict[str, float]:
     """By arm with clicks, the share of them that was among the first `k`."""
-    return {arm.arm: at.hit_rate for arm in window.arms if arm.clicks for at in arm.at if at.k == k}
+    return {arm.arm: at.hit_rate for arm in window.arms if arm.clicks and (at := at_cutoff(arm, k))}
+
+
+def at_cutoff(group: Group, k: int) -> AtCutoff | None:
+    """The figures among the first `k`, where the window has them."""
+    return next((at for at in group.at if at.k == k), None)

@@ -3,14 +3,17 @@
 import math
 import socket
 import urllib.request
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
 _SECONDS = 1.0
-_LATENCY = "innerloop_event_to_score_seconds_bucket"
+_FAILURES = (OSError, HTTPException, ValueError, OverflowError)
+"""It is being started, ends in mid-answer, is somebody else who says something else, or has no such port."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def _addresses(target: str) -> list[str]:
     host, _, port = target.rpartition(":")
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError:
+    except _FAILURES:
         return [target]
     return sorted({f"[{a[4][0]}]:{port}" if a[0] == socket.AF_INET6 else f"{a[4][0]}:{port}" for a in found})
 
@@ -49,7 +52,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310 - http, and our own
             return bool(answer.status == 200)  # noqa: PLR2004 - OK
-    except OSError:
+    except _FAILURES:
         return False
 
 
@@ -57,34 +60,51 @@ def _scrape(target: str) -> Scraped:
     try:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=_SECONDS) as answer:
             text = answer.read().decode()
-    except OSError:  # it is being started, or is gone: that is what there is to show
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except _FAILURES:
         return Scraped(target, up=False, values={})
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return Scraped(target, up=True, values={(s.name, tuple(sorted(s.labels.items()))): s.value for s in samples})
 
 
 class Latency:
-    """Percentiles of event to score between two looks, over all processes."""
+    """Percentiles of one histogram over the last looks, of all processes together."""
 
-    def __init__(self) -> None:
+    def __init__(self, histogram: str, *, looks: int) -> None:
+        self._name = f"{histogram}_bucket"
         self._before: dict[str, dict[float, float]] = {}
+        self._grown: deque[dict[float, float]] = deque(maxlen=looks)
+        self._looked = False
 
-    def since(self, processes: Iterable[Scraped], *shares: float) -> list[float]:
-        """Seconds below which each share of the events since the last look was answered; NaN when there were none.
-
-        Interpolated inside a bucket as Prometheus's `histogram_quantile` does.
-        """
+    def add(self, processes: Iterable[Scraped]) -> None:
+        """Take one look in; what was observed before the first one is nobody's minute."""
         grown: dict[float, float] = {}
         for process in processes:
-            now = _buckets(process)
-            before = self._before.get(process.target, {})
+            now = self._buckets(process)
+            before = self._before.get(process.target, {} if self._looked else now)
             if any(now.get(bound, 0.0) < count for bound, count in before.items()):
                 before = {}  # started anew
             for bound, count in now.items():
                 grown[bound] = grown.get(bound, 0.0) + count - before.get(bound, 0.0)
             if now:
                 self._before[process.target] = now
-        return [quantile(grown, share) for share in shares]
+        self._grown.append(grown)
+        self._looked = True
+
+    def percentiles(self, *shares: float, looks: int | None = None) -> list[float]:
+        """Seconds below which each share of the last looks' observations lie, all by default; NaN without any.
+
+        Interpolated inside a bucket as Prometheus's `histogram_quantile` does.
+        """
+        some = list(self._grown)[-(looks or len(self._grown)) :]
+        buckets: dict[float, float] = {}
+        for grown in some:
+            for bound, count in grown.items():
+                buckets[bound] = buckets.get(bound, 0.0) + count
+        return [quantile(buckets, share) for share in shares]
+
+    def _buckets(self, process: Scraped) -> dict[float, float]:
+        found = process.values.items()
+        return {float(dict(labels)["le"]): value for (name, labels), value in found if name == self._name}
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> float:
@@ -102,7 +122,3 @@ def quantile(buckets: Mapping[float, float], share: float) -> float:
             return last + (bound - last) * ((wanted - below) / inside if inside else 1.0)
         below, last = buckets[bound], bound
     return last
-
-
-def _buckets(process: Scraped) -> dict[float, float]:
-    return {float(dict(labels)["le"]): value for (name, labels), value in process.values.items() if name == _LATENCY}

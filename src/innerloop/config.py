@@ -190,7 +190,7 @@ class ConsoleSettings(_Section):
     host: str = "127.0.0.1"
     """Loopback unless told otherwise: the page needs no password, and shows what users did."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
-    targets: tuple[str, ...] = ()
+    targets: tuple[Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")], ...] = ()
     """host:port of the processes' listeners, for latency and what they do; a name may stand for several addresses."""
 
 

@@ -192,6 +192,7 @@ def test_every_part_is_there_and_probed_where_it_listens(objects: list[Object]) 
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert container[probe]["httpGet"]["port"] == "http"
         assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+        assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
         service = named(objects, "Service", f"innerloop-{name}")
         assert service["metadata"]["labels"]["app.kubernetes.io/name"] == "innerloop"  # the monitor looks for it
         assert service["spec"]["selector"]["app.kubernetes.io/component"] == name

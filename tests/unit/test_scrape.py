@@ -1,14 +1,17 @@
 import math
+import socketserver
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 
-from innerloop.worker.scrape import Latency, Scraped, quantile, scrape
+from innerloop.worker.scrape import Latency, Scraped, answers, quantile, scrape
 from innerloop.worker.watched_process import free_ports
 
+NAME = "innerloop_event_to_score_seconds"
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 1.0)
 
 
@@ -16,7 +19,7 @@ BUCKETS = (0.01, 0.02, 0.05, 0.1, 1.0)
 def process() -> Iterator[tuple[str, Histogram]]:
     """A process that shows a histogram of latencies."""
     registry = CollectorRegistry()
-    histogram = Histogram("innerloop_event_to_score_seconds", "As ours", buckets=BUCKETS, registry=registry)
+    histogram = Histogram(NAME, "As ours", buckets=BUCKETS, registry=registry)
     (port,) = free_ports(1)
     server, thread = start_http_server(port, "127.0.0.1", registry)
     assert isinstance(thread, threading.Thread)
@@ -27,27 +30,34 @@ def process() -> Iterator[tuple[str, Histogram]]:
 
 def test_percentiles_are_of_what_came_since_the_last_look(process: tuple[str, Histogram]) -> None:
     target, histogram = process
-    latency = Latency()
+    latency = Latency(NAME, looks=2)
+    histogram.observe(0.01)
+    latency.add(scrape([target]))
+    assert math.isnan(latency.percentiles(0.5)[0])  # of before the first look
     for _ in range(100):
         histogram.observe(0.9)
-    assert latency.since(scrape([target]), 0.5)[0] == pytest.approx(0.55, abs=0.01)
+    latency.add(scrape([target]))
+    assert latency.percentiles(0.5) == [pytest.approx(0.55, abs=0.01)]
     for _ in range(100):
         histogram.observe(0.015)
-    p50, p99 = latency.since(scrape([target]), 0.5, 0.99)
-    assert p50 == pytest.approx(0.015)
-    assert p99 == pytest.approx(0.0199)
-    assert math.isnan(latency.since(scrape([target]), 0.5)[0])
+    latency.add(scrape([target]))
+    assert latency.percentiles(0.5, 0.99, looks=1) == [pytest.approx(0.015), pytest.approx(0.0199)]
+    assert latency.percentiles(0.5, 0.75) == [pytest.approx(0.02), pytest.approx(0.55, abs=0.01)]  # of both looks
+    latency.add(scrape([target]))
+    assert math.isnan(latency.percentiles(0.5, looks=1)[0])
+    assert latency.percentiles(0.99) == [pytest.approx(0.0199)]  # the first look is forgotten
 
 
 def test_a_process_that_starts_anew_counts_from_zero() -> None:
     def of(count: float) -> list[Scraped]:
-        name = "innerloop_event_to_score_seconds_bucket"
-        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {(name, (("le", "0.1"),)): count}
+        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {(f"{NAME}_bucket", (("le", "0.1"),)): count}
         return [Scraped("here:1", up=True, values=values)]
 
-    latency = Latency()
-    latency.since(of(100.0), 0.5)
-    assert latency.since(of(10.0), 0.5)[0] == pytest.approx(0.05)
+    latency = Latency(NAME, looks=60)
+    latency.add([])
+    latency.add(of(100.0))
+    latency.add(of(10.0))
+    assert latency.percentiles(0.5, looks=1) == [pytest.approx(0.05)]
 
 
 def test_a_quantile_is_within_its_bucket_of_the_exact_one() -> None:
@@ -65,3 +75,31 @@ def test_a_process_that_does_not_answer_is_shown_as_such() -> None:
     (port,) = free_ports(1)
     assert [(each.up, each.total("anything")) for each in scrape([f"127.0.0.1:{port}"])] == [(False, 0.0)]
     assert scrape([]) == []
+
+
+def test_a_process_that_is_killed_in_mid_answer_or_is_somebody_else_is_shown_as_not_up() -> None:
+    head = b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n"
+    for said in (head + b"innerloop_partitions 1.0\n", b"HTTP/1.0 200 OK\r\n\r\n\xff{", b"SSH-2.0-dropbear\r\n"):
+        with saying(said) as target:
+            assert [each.up for each in scrape([target])] == [False]
+            assert not answers(f"http://{target}/livez") or said.startswith(b"HTTP")
+
+
+@pytest.mark.parametrize("target", ["localhost", "localhost:", "localhost:99999", ":1", ""])
+def test_what_is_no_address_is_shown_as_not_up(target: str) -> None:
+    assert [each.up for each in scrape([target])] == [False]
+
+
+@contextmanager
+def saying(content: bytes) -> Iterator[str]:
+    """A server that hangs up after these bytes."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65_536)
+            self.request.sendall(content)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -52,8 +53,11 @@ _DEFAULT_AUTHORITIES = "~/.postgresql/root.crt"
 """libpq's own: https://www.postgresql.org/docs/current/libpq-ssl.html."""
 
 
-def connect(settings: DatabaseSettings) -> Engine:
-    """An engine with one connection kept open; raises SettingsError when the address is missing or malformed."""
+def connect(settings: DatabaseSettings, *, statement_seconds: float = 0.0) -> Engine:
+    """An engine with one connection kept open; raises SettingsError when the address is missing or malformed.
+
+    A statement that takes longer than `statement_seconds` raises RetryError; 0 is for as long as it takes.
+    """
     address = settings.url.get_secret_value()
     if not address:
         raise SettingsError("No database is set: set INNERLOOP_DATABASE__URL, or run `innerloop up` for one to try.")
@@ -75,14 +79,16 @@ def connect(settings: DatabaseSettings) -> Engine:
         raise SettingsError(
             "INNERLOOP_DATABASE__URL is not an address: write postgresql://user:password@host:5432/database."
         ) from None
-    event.listen(engine, "connect", _let_go_when_frozen)
+    event.listen(engine, "connect", partial(_set_timeouts, statement_seconds))
     return engine
 
 
-def _let_go_when_frozen(session: "Session", _record: object) -> None:
+def _set_timeouts(statement_seconds: float, session: "Session", _record: object) -> None:
     """A process that is stopped in mid-transaction holds its locks, and with them whoever takes over: not for long."""
     with session.cursor() as cursor:
         cursor.execute("SET idle_in_transaction_session_timeout = %s", (int(FROZEN_SECONDS * 1000),))
+        if statement_seconds:
+            cursor.execute("SET statement_timeout = %s", (int(statement_seconds * 1000),))
     session.commit()
 
 
