@@ -26,7 +26,7 @@ from fleet import Fleet
 from settle import settle
 from storm import WORKERS, Storm, tell
 from traffic import Traffic
-from world import connected, ledger_writes, prepare, random_release
+from world import connected, impressions, ledger_writes, prepare, random_release
 
 from innerloop.config import (
     AdaptSettings,
@@ -37,10 +37,10 @@ from innerloop.config import (
     TopicSettings,
     load_settings,
 )
-from innerloop.evaluation.judge import Verdict, judge
+from innerloop.evaluation.judge import Evidence, Verdict, judge
 from innerloop.evaluation.judge_evidence import gathered, rules_of
 from innerloop.learning.releases import save
-from innerloop.store.database import connect
+from innerloop.store.database import Database, connect
 from innerloop.store.migrate import migrate
 from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.services import Services, running_services
@@ -120,7 +120,7 @@ def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[st
     fleet.close()
     tell("judging")
     gc.disable()  # millions of tuples and not one cycle
-    verdict = judge(gathered(settings, engine, writes=ledger_writes(settings)), rules_of(settings))
+    verdict = judge(_gathered(settings, engine), rules_of(settings))
     engine.dispose()
     findings = [*fleet.findings, *traffic.errors, *unsettled, *_sent_and_found(traffic, verdict), *verdict.findings]
     return {
@@ -151,6 +151,10 @@ def _services(folder: Path) -> Iterator[Services]:
             yield replace(running, kafka=kafka)
     finally:
         kafka.stop()
+
+
+def _gathered(settings: Settings, engine: Database) -> Evidence:
+    return gathered(settings, engine, writes=ledger_writes(settings), shown=impressions(settings))
 
 
 def _settings(services: Services, protocol: str) -> Settings:

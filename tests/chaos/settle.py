@@ -12,7 +12,7 @@ def settle(settings: Settings, seconds: float, *, watched: bool = True, pause: f
     """Wait; a sentence when it does not come to that in time. `watched`: the scores have been looked through, too."""
     topics, kafka = settings.topics, settings.kafka
     groups = {
-        kafka.ingest_group: [topics.clicks, topics.purchases],
+        kafka.ingest_group: list(topics.ingested),
         kafka.adapt_group: [topics.requests],
     }
     if watched:

@@ -11,7 +11,7 @@ import psutil
 from broken import Fault, Kind, start
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from settle import settle
-from world import ledger_writes, prepare
+from world import impressions, ledger_writes, prepare
 
 from innerloop.config import AdaptSettings, IngestSettings, KafkaSettings, Settings, SupportSettings, TopicSettings
 from innerloop.evaluation.judge import LedgerWrite, Verdict, judge
@@ -142,7 +142,8 @@ class SmallRun:
         self._consumer(self.settings.kafka.adapt_group + "-watch").commit(offsets=ends, asynchronous=False)
 
     def judged(self) -> Verdict:
-        evidence = gathered(self.settings, self.engine, writes=ledger_writes(self.settings))
+        shown, writes = impressions(self.settings), ledger_writes(self.settings)
+        evidence = gathered(self.settings, self.engine, writes=writes, shown=shown)
         return judge(evidence, rules_of(self.settings))
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from innerloop.evaluation.judge import FATES
+
 RUN = Path(__file__).with_name("run.py")
 KINDS = {
     "kill9-ingest",
@@ -33,7 +35,10 @@ def test_a_storm_of_every_kind_of_fault_leaves_nothing_to_find(tmp_path: Path) -
     assert said["events"] > 10_000
     assert said["seed"] == 5
     assert sum(said["asleep"].values()) == said["faults"]["sigstop"]
-    assert said["counts"]["ads_recomputed"] > 100
+    counts = said["counts"]
+    assert min(counts[f"{model}_recomputed"] for model in ("recommendations", "ads")) > 100
+    assert min(counts[fate] for fate in FATES) > 0
+    assert counts["unaccounted"] == 0
     assert said["seconds"] > 60
     assert said["ok"] is True
     assert done.returncode == 0

@@ -1,4 +1,8 @@
-"""A seeded stream of records: a hot user, repeats, late events, poison, misrouted keys, producers of unequal clocks."""
+"""A seeded stream of records: a hot user, repeats, late events, poison, misrouted keys, producers of unequal clocks.
+
+Impressions are among them, and erasures of users who do not come back: what holds of one who does depends on which of
+two topics is read first.
+"""
 
 import json
 import random
@@ -8,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from confluent_kafka import KafkaException, Producer
+from world import ADS
 
 from innerloop.config import Settings
 from innerloop.streams import clients
@@ -17,7 +22,11 @@ HOT = "hot"
 USERS = 20_000
 HOT_SHARE = 0.2
 REPEATED, LATE, POISON, MISROUTED, IN_WORDS = 0.02, 0.03, 0.003, 0.005, 0.02
+IMPRESSIONS, OF_ADS = 0.05, 0.5
+LEAVING, LEAVERS, ERASURES = 0.02, 300, 0.0005
 LATE_MS = 3_600_000
+ERASED_AHEAD_MS = 12 * 3_600_000
+"""So far ahead that whatever a user did or will do is before it; the product believes a day."""
 PRODUCERS = 3
 SKEWS_MS = (-3_600_000, -45_000, -800, 0, 300, 20_000, 600_000)
 """How far a producer's clock may be off; the broker takes no record more than an hour ahead."""
@@ -43,6 +52,7 @@ class Records:
         self._rng, self._users, self._items = rng, users, items
         self._remembered: list[Sent] = []
         self._number = 0
+        self._until = int(time.time() * 1000) + ERASED_AHEAD_MS
 
     def draw(self, now_ms: int) -> Sent:
         """The next record, by a producer whose clock says `now_ms`."""
@@ -52,11 +62,21 @@ class Records:
         user = HOT if rng.random() < HOT_SHARE else f"user-{int(self._users * rng.random() ** 2)}"
         if kind > 1 - POISON:
             return self._clicks(user, self._poison(user, now_ms))
-        sent = self._event(user, now_ms - (rng.randrange(LATE_MS) if rng.random() < LATE else 0))
+        if rng.random() < LEAVING:
+            user = f"leaver-{rng.randrange(LEAVERS)}"
+        time_ms = now_ms - (rng.randrange(LATE_MS) if rng.random() < LATE else 0)
+        sent = self._erasure() if rng.random() < ERASURES else self._event(user, time_ms)
         self._remember(sent)
         return sent
 
+    def _erasure(self) -> Sent:
+        user = f"leaver-{self._rng.randrange(LEAVERS)}"
+        whole = json.dumps({"user_id": user, "requested_at": self._until}).encode()
+        return self._topics.erasures, user, self._rng.choice([whole, whole, whole, b"{", b"[]", b""]), -1
+
     def _event(self, user: str, time_ms: int) -> Sent:
+        if self._rng.random() < IMPRESSIONS:
+            return self._impression(user, time_ms)
         rng, self._number = self._rng, self._number + 1
         event_type = rng.choice(_KINDS)
         when = f'"{_in_words(time_ms)}"' if rng.random() < IN_WORDS else time_ms
@@ -67,6 +87,20 @@ class Records:
         topic = self._topics.purchases if event_type == "purchase" else self._topics.clicks
         partition = rng.randrange(self._partitions) if rng.random() < MISROUTED else -1
         return topic, user, value.encode(), partition
+
+    def _impression(self, user: str, time_ms: int) -> Sent:
+        self._number += 1
+        shown = self._rng.randrange(ADS) if (ad := self._rng.random() < OF_ADS) else self._rng.randrange(self._items)
+        event = {
+            "event_id": f"e{self._number}",
+            "event_type": "impression",
+            "user_id": user,
+            "item_id": f"i{shown}",
+            "event_time": time_ms,
+            **({"ad_id": f"ad-{shown}"} if ad else {}),  # always of the same item, or lists would change unseen
+        }
+        topic = self._topics.clicks if self._rng.random() < MISROUTED else self._topics.impressions
+        return topic, user, json.dumps(event).encode(), -1
 
     def _remember(self, sent: Sent) -> None:
         if len(self._remembered) < _REMEMBERED:

@@ -20,6 +20,7 @@ from innerloop.learning.heads import BayesHead
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Card, DataSummary, Release, save
 from innerloop.store import items
+from innerloop.store.audit import StoredExample, StoredSet
 from innerloop.store.database import Database, transaction
 from innerloop.streams.topics import catalogue, ensure_topics
 from innerloop.worker.train import register
@@ -74,6 +75,18 @@ def ledger_writes(settings: Settings) -> Iterator[LedgerWrite]:
         cursor.execute("SELECT topic, partition, epoch, next_offset, writer FROM ledger_writes ORDER BY number")
         for row in cursor:
             yield LedgerWrite(*row)
+
+
+def impressions(settings: Settings) -> Iterator[StoredSet]:
+    """What is kept of what users were shown, by plain SQL."""
+    columns = "event_times, event_hashes, items, event_types, weights"
+    with connected(settings) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT item_no, item_id FROM items")
+        names = dict(cursor.fetchall())
+        cursor.execute(f"SELECT user_id, version, {columns} FROM impressions")
+        for user, version, times, hashes, numbers, types, weights in cursor:
+            rows = zip(times, hashes, [names[number] for number in numbers], types, weights, strict=True)
+            yield StoredSet(user, version, [StoredExample(*row) for row in rows])
 
 
 def environment(settings: Settings, writer: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.errors import DeadLetterError
-from innerloop.evaluation.judge import MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
+from innerloop.evaluation.judge import FATES, MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
 from innerloop.evaluation.judge_contents import Contents, Prior
 from innerloop.evaluation.judge_oracle import Headers, Oracle, Poison, Rules, partition_of, read_event
 from innerloop.evaluation.judge_scores import content_key, same_content
@@ -42,9 +42,15 @@ def example(name: str, at: int, kind: int = 1, weight: float = 1.0) -> StoredExa
 
 
 def letter(
-    offset: int, of: int, reason: str = "undecodable", value: bytes = b"{", headers: Headers = (("trace", b"1"),)
+    offset: int,
+    of: int,
+    reason: str = "undecodable",
+    value: bytes = b"{",
+    *,
+    headers: Headers = (("trace", b"1"),),
+    topic: str = CLICKS,
 ) -> Record:
-    said = {"topic": CLICKS, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
+    said = {"topic": topic, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
     added = tuple((f"__connect.errors.{name}", text.encode()) for name, text in said.items())
     return replace(record(DEAD, offset, value), headers=(*headers, *added))
 
@@ -101,6 +107,82 @@ def evidence() -> Evidence:
         writes=[LedgerWrite(CLICKS, 0, 1, None, "one"), LedgerWrite(CLICKS, 0, 1, 5, "one")],
         contents=Contents({1: PRIOR}, {}, 2, 0.0),
     )
+
+
+def with_an_erasure() -> Evidence:
+    """The same, an impression, and another user who was erased before and after coming."""
+    right = evidence()
+    gone = replace(record("erasures", 0, json.dumps({"user_id": "v", "requested_at": NOW + 9}).encode()), key=b"v")
+    seen = record("shown", 0, event("s", at=5, kind="impression"))
+    told = json.dumps({"user_id": "v", "support_version": 1, "event_time": NOW, "ingested_at": NOW, "erased": True})
+    return replace(
+        right,
+        produced=[*right.produced, record("shown", 1, event("g", "v", at=4), "v"), seen],
+        ledger=[*right.ledger, LedgerRow("shown", "id", 0, 2, 1), LedgerRow("erasures", "id", 0, 2, 1)],
+        erasures=[gone, record("erasures", 1, b"{")],
+        dead_letters=[*right.dead_letters, letter(2, 1, topic="erasures", headers=())],
+        requests=[*right.requests, request(3, 1, 4, "v"), record(REQUESTS, 4, told.encode(), "v")],
+        scores={"recommendations": [*right.scores["recommendations"], record(LISTS, 3, None, "v")]},
+        shown=[StoredSet("u", 1, [example("s", 5, 5, 0.0)])],
+    )
+
+
+def test_who_was_erased_leaves_a_receipt_and_tombstones_only() -> None:
+    verdict = judge(with_an_erasure(), RULES)
+    assert verdict.findings == []
+    assert {fate: verdict.counts[fate] for fate in FATES} == {
+        "stored": 3,
+        "duplicate": 1,
+        "too_late": 1,
+        "dead_lettered": 2,
+        "erased": 1,
+        "erasures": 1,
+    }
+
+
+ERASED: dict[str, tuple[dict[str, Any], str]] = {
+    "a set": ({"stored": [*evidence().stored, StoredSet("v", 1, [])]}, "User v has a support set and was erased"),
+    "impressions": (
+        {"shown": [*(with_an_erasure().shown or ()), StoredSet("v", 1, [])]},
+        "User v has a set of impressions and was erased",
+    ),
+    "impressions lost": ({"shown": []}, "User u has 1 events and no set of impressions"),
+    "no receipt": ({"receipts": lambda _: set()}, "User v was erased, and there is no receipt of it"),
+    "no request": ({"requests": evidence().requests}, "User v was erased, and no request says so"),
+    "no tombstone": ({"scores": evidence().scores}, "User v was erased and has no tombstone"),
+    "a list after the tombstone": (
+        {
+            "scores": {
+                "recommendations": [
+                    *with_an_erasure().scores["recommendations"],
+                    replace(listed(4, 1, 1, 4, user_id="v"), key=b"v"),
+                ]
+            }
+        },
+        "User v was erased, and the last of the recommendations (offset 4) is a list",
+    ),
+    "a bad erasure let go": ({"dead_letters": evidence().dead_letters}, "erasures[0]@1 is a bad record and was never"),
+    "erasures unread": (
+        {"ledger": [*evidence().ledger, LedgerRow("shown", "id", 0, 2, 1)]},
+        "The ledger has erasures[0] at None",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", ERASED)
+def test_what_is_left_of_the_erased_is_found(wrong: str) -> None:
+    changed, finding = ERASED[wrong]
+    findings = judge(replace(with_an_erasure(), **changed), RULES).findings
+    assert any(finding in each for each in findings), findings
+
+
+def test_who_did_something_later_than_the_erasure_is_not_expected_to_be_gone() -> None:
+    oracle = Oracle(RULES)
+    oracle.see(record(CLICKS, 0, event("a", at=10)))
+    oracle.see_erasure(record("erasures", 0, json.dumps({"user_id": "u", "requested_at": NOW + 9}).encode()))
+    assert oracle.erased == set()
+    oracle.see_erasure(record("erasures", 1, json.dumps({"user_id": "u", "requested_at": NOW + 10}).encode()))
+    assert oracle.erased == {"u"}
 
 
 def judged(**changed: Any) -> Verdict:
@@ -181,7 +263,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an epoch nobody had": ({"scores": {"recommendations": [listed(0, 2, 2, 3, epoch=3)]}}, "written under epoch 3"),
     "no epoch": ({"scores": {"recommendations": [replace(LAST, headers=())]}}, "written under epoch None"),
     "another user's list": ({"scores": {"recommendations": [listed(0, 2, 2, 3, user_id="v")]}}, "is of v and model"),
-    "a tombstone": ({"scores": {"recommendations": [record(LISTS, 0, None)]}}, "a score record without key or value"),
+    "a tombstone": (
+        {"scores": {"recommendations": [record(LISTS, 0, None)]}},
+        "a score record without key or value, and user u was not erased",
+    ),
     "a write by a superseded owner": (
         {"writes": [*evidence().writes, LedgerWrite(CLICKS, 0, 2, 5, "two"), LedgerWrite(CLICKS, 0, 2, 6, "one")]},
         "one moved clicks[0] to 6 under epoch 2, which two had claimed: a superseded owner wrote",
@@ -279,6 +364,7 @@ READABLE: list[dict[str, Any]] = [
     {},
     {"event_time": "2025-06-15T15:06:40.5Z"},
     {"event_time": "2025-06-15T17:06:40+02:00"},
+    {"event_type": "impression"},
     {"price": 1, "quantity": 2.5, "currency": "EUR", "value": None},
     {"session_id": "", "category": "c", "ad_id": "a", "unknown": [1]},
     {"user_id": "ü" * 128},

@@ -3,7 +3,9 @@
 What it checks, each finding a sentence with the user, place or offset:
 
 - sets: Postgres holds for each user with events exactly the oracle's set (items by name, types, weights, times,
-  hashes), and nobody else;
+  hashes), and nobody else; the same of impressions, where they were gathered;
+- erasures: of whom an erasure names that is later than all they did, there is no set, a request that says so, a
+  tombstone as the last record of each score topic, and a receipt;
 - accounting: what Postgres holds, what is on the dead-letter topic, and the duplicates and late events that the oracle
   counts are together all that was produced. A dead letter names its record's topic, partition and offset and repeats
   its key, value, headers and reason; every refused record has one and no other has;
@@ -19,7 +21,7 @@ Versions are not compared with anything: how many there are depends on the batch
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ from innerloop.streams.batch import Partition, Record
 
 MOST_FINDINGS = 100
 RECOMPUTED_USERS = 500
+FATES = ("stored", "duplicate", "too_late", "dead_lettered", "erased", "erasures")
+"""What may have become of a record; the last is an erasure itself."""
 _HEADER = "__connect.errors."
 
 
@@ -52,7 +56,7 @@ class Evidence:
     """What a run has left behind. Iterables are read once, in this order."""
 
     produced: Iterable[Record]
-    """Everything on the event topics."""
+    """Everything on the event topics, impressions included."""
     stored: Iterable[StoredSet]
     ledger: Iterable[LedgerRow]
     dead_letters: Iterable[Record]
@@ -68,6 +72,12 @@ class Evidence:
     """Every write to the ledger, where a trigger has kept them."""
     contents: Contents | None = None
     """What lists are recomputed from, where they can be."""
+    erasures: Iterable[Record] = ()
+    """Everything on the erasure topic."""
+    shown: Iterable[StoredSet] | None = None
+    """The impressions in Postgres."""
+    receipts: Callable[[Collection[str]], set[str]] = set
+    """Those of some users of whose erasure there is a receipt."""
 
 
 @dataclass
@@ -94,20 +104,27 @@ def judge(evidence: Evidence, rules: Rules) -> Verdict:
     verdict, oracle = Verdict(), Oracle(rules)
     for record in evidence.produced:
         oracle.see(record)
+    for record in evidence.erasures:
+        oracle.see_erasure(record)
     verdict.counts.update(oracle.fates())
     verdict.counts["records"] = oracle.records
     finals: dict[str, Final] = {}
     verdict.take(_judged_sets(evidence.stored, oracle, finals, verdict.counts))
+    if evidence.shown is not None:
+        verdict.take(_judged_sets(evidence.shown, oracle, {}, verdict.counts, shown=True))
+    without = oracle.erased - evidence.receipts(oracle.erased)
+    verdict.take(f"User {user} was erased, and there is no receipt of it." for user in sorted(without))
     ledger = list(evidence.ledger)
     verdict.take(_judged_ledger(ledger, oracle.ends))
     verdict.take(_judged_commits(evidence.committed))
     verdict.take(judged_writes(evidence.writes))
     verdict.take(_judged_letters(evidence.dead_letters, oracle, verdict.counts))
     verdict.take(_judged_accounts(verdict.counts))
-    verdict.take(_judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts))
+    requests = _judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts, oracle.erased)
+    verdict.take(requests)
     epochs = {row.partition: row.epoch for row in ledger if row.topic == evidence.requests_topic}
     for model, records in evidence.scores.items():
-        scores = ScoreJudge(model, epochs, evidence.partitions)
+        scores = ScoreJudge(model, epochs, evidence.partitions, oracle.erased)
         verdict.take(_judged_scores(scores, model, records, finals, verdict.counts))
         if evidence.contents is not None:
             verdict.take(
@@ -117,22 +134,27 @@ def judge(evidence: Evidence, rules: Rules) -> Verdict:
 
 
 def _judged_sets(
-    stored: Iterable[StoredSet], oracle: Oracle, finals: dict[str, Final], counts: Counter[str]
+    stored: Iterable[StoredSet],
+    oracle: Oracle,
+    finals: dict[str, Final],
+    counts: Counter[str],
+    *,
+    shown: bool = False,
 ) -> Iterator[str]:
-    missing = set(oracle.users)
+    missing, what = set(oracle.users(shown=shown)), "set of impressions" if shown else "support set"
     for user, version, examples in stored:
         if user not in missing:
-            yield f"User {user} has a support set and no events."
+            yield f"User {user} has a {what} and {'was erased' if user in oracle.erased else 'no events'}."
             continue
         missing.remove(user)
         found: list[Example] = [(each.time, each.hash, each.item, each.type, each.weight) for each in examples]
         finals[user] = Final(version, len(found), found[-1][0] if found else 0)
-        wanted = oracle.expected(user)
+        wanted = oracle.expected(user, shown=shown)
         counts["stored"] += len(found) if found == wanted else (Counter(found) & Counter(wanted)).total()
         if found != wanted:
-            yield f"User {user}'s support set is not what was produced: {_difference(found, wanted)}."
+            yield f"User {user}'s {what} is not what was produced: {_difference(found, wanted)}."
     for user in sorted(missing):
-        yield f"User {user} has {len(oracle.expected(user))} events and no support set."
+        yield f"User {user} has {len(oracle.expected(user, shown=shown))} events and no {what}."
 
 
 def _difference(found: list[Example], wanted: list[Example]) -> str:
@@ -195,7 +217,7 @@ def _judged_claim(write: LedgerWrite, before: LedgerWrite | None) -> Iterator[st
 
 
 def _judged_accounts(counts: Counter[str]) -> Iterator[str]:
-    fates = {fate: counts[fate] for fate in ("stored", "duplicate", "too_late", "dead_lettered")}
+    fates = {fate: counts[fate] for fate in FATES}
     counts["unaccounted"] = counts["records"] - sum(fates.values())
     if counts["unaccounted"]:
         said = ", ".join(f"{count} {fate.replace('_', ' ')}" for fate, count in fates.items())
@@ -235,8 +257,13 @@ def _said(letter: Record, name: str) -> str:
 
 
 def _judged_requests(
-    requests: Iterable[Record], partitions: int, finals: Mapping[str, Final], counts: Counter[str]
+    requests: Iterable[Record],
+    partitions: int,
+    finals: Mapping[str, Final],
+    counts: Counter[str],
+    erased: Collection[str],
 ) -> Iterator[str]:
+    told: set[str] = set()
     highest: dict[str, AdaptationRequest] = {}
     decode = msgspec.json.Decoder(AdaptationRequest).decode
     for record in requests:
@@ -247,9 +274,17 @@ def _judged_requests(
             yield f"{where}: the key of user {request.user_id}'s request is not theirs."
         if record.partition != (own := partition_of(request.user_id.encode(), partitions)):
             yield f"{where}: user {request.user_id} belongs on partition {own}."
+        if request.erased:
+            told.add(request.user_id)
         known = highest.get(request.user_id)
         if known is None or request.support_version >= known.support_version:
             highest[request.user_id] = request
+    for user in sorted(set(erased) - told):
+        yield f"User {user} was erased, and no request says so."
+    yield from _judged_highest({user: highest[user] for user in highest.keys() - erased}, finals)
+
+
+def _judged_highest(highest: dict[str, AdaptationRequest], finals: Mapping[str, Final]) -> Iterator[str]:
     for user, final in finals.items():
         asked = highest.pop(user, None)
         if asked is None or asked.support_version != final.support_version:
@@ -282,7 +317,7 @@ def _judged_contents(
     counts: Counter[str],
 ) -> Iterator[str]:
     """Findings about the last lists of some users, evenly spread over their names."""
-    users = sorted(finals.keys() & set(oracle.users))
+    users = sorted(finals)
     for user in users[:: max(1, len(users) // RECOMPUTED_USERS)]:
         said = scores.last(user)
         if not said or said["support_version"] != finals[user].support_version:

@@ -1,14 +1,14 @@
 """Gathers what the judge judges: the topics from their beginning, and Postgres by plain SQL."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from innerloop.config import Settings
 from innerloop.evaluation.judge import Evidence, LedgerWrite
 from innerloop.evaluation.judge_contents import Contents, prior_of
 from innerloop.evaluation.judge_oracle import Rules
 from innerloop.learning.releases import load
-from innerloop.store import items, releases
+from innerloop.store import erasures, items, releases
 from innerloop.store.audit import StoredSet, ledger_rows, stored_sets
 from innerloop.store.database import Database, transaction
 from innerloop.streams.batch import Record
@@ -21,13 +21,21 @@ _MOST_RELEASES = 1_000
 def rules_of(settings: Settings) -> Rules:
     """What the settings of the run say of its records."""
     latest = int((time.time() + settings.ingest.max_ahead_seconds) * 1000)
-    return Rules(settings.support.capacity, settings.support.weights, latest, settings.ingest.max_record_bytes)
+    support = settings.support
+    return Rules(support.capacity, support.weights, latest, settings.ingest.max_record_bytes, support.impressions)
 
 
-def gathered(settings: Settings, engine: Database, *, writes: Iterable[LedgerWrite] = ()) -> Evidence:
+def gathered(
+    settings: Settings,
+    engine: Database,
+    *,
+    writes: Iterable[LedgerWrite] = (),
+    shown: Iterable[StoredSet] | None = None,
+) -> Evidence:
     """The evidence of a run under `settings`; what is large is read as the judge asks for it."""
     topics = settings.topics
-    events = [topics.clicks, topics.purchases]
+    events = [topics.clicks, topics.purchases, topics.impressions]
+    ingested = [*events, topics.erasures]
     with transaction(engine) as connection:
         ledger = ledger_rows(connection)
     contents = _contents(settings, engine)
@@ -41,11 +49,14 @@ def gathered(settings: Settings, engine: Database, *, writes: Iterable[LedgerWri
         requests_topic=topics.requests,
         partitions=partition_counts(settings, [topics.requests])[topics.requests],
         committed={
-            settings.kafka.ingest_group: committed_offsets(settings, settings.kafka.ingest_group, events),
+            settings.kafka.ingest_group: committed_offsets(settings, settings.kafka.ingest_group, ingested),
             settings.kafka.adapt_group: committed_offsets(settings, settings.kafka.adapt_group, [topics.requests]),
         },
         writes=writes,
         contents=None if settings.adapt.exclude_seen else contents,
+        erasures=whole_topic(settings, topics.erasures),
+        shown=shown,
+        receipts=lambda users: _receipts(engine, users),
     )
 
 
@@ -69,6 +80,13 @@ def _contents(settings: Settings, engine: Database) -> Contents:
         top=settings.adapt.top,
         hold_out=settings.quality.hold_out,
     )
+
+
+def _receipts(engine: Database, users: Collection[str]) -> set[str]:
+    with transaction(engine) as connection:
+        salt = erasures.read_salt(connection)
+        hashes = {erasures.hash_of(user, salt): user for user in users}
+        return {hashes[receipt.user_hash] for receipt in erasures.receipts(connection, list(hashes))}
 
 
 def _sets(engine: Database) -> Iterator[StoredSet]:

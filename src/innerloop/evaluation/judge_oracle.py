@@ -21,7 +21,9 @@ Place = tuple[str, int, int]
 """(topic, partition, offset)"""
 Headers = tuple[tuple[str, bytes | None], ...]
 
-_CODES = {"click": 1, "cart": 2, "favorite": 3, "purchase": 4}
+_IMPRESSION = 5
+_CODES = {"click": 1, "cart": 2, "favorite": 3, "purchase": 4, "impression": _IMPRESSION}
+_MOST_ERASED_CHARACTERS, _LATEST_EVER = 256, 2**53
 _REQUIRED = ("event_id", "user_id", "item_id")
 _IDENTIFIERS = ("category", "ad_id")
 _NUMBERS = ("price", "quantity", "value")
@@ -31,12 +33,16 @@ _EARLIER = 4
 
 @dataclass(frozen=True)
 class Rules:
-    """What the settings say: how many events a set holds, what each kind weighs, and which records are refused."""
+    """What the settings say: how many events a set holds, what each kind weighs, and which records are refused.
+
+    Impressions weigh nothing, and a user's are kept apart: the newest `impressions` of them.
+    """
 
     capacity: int
     weights: Mapping[str, float]
     latest_ms: int
     max_bytes: int
+    impressions: int = 32
 
 
 class Poison(Exception):  # noqa: N818 - a record's fate, not a failure
@@ -67,6 +73,10 @@ class Oracle:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._tasks: dict[str, Task] = {}
+        self._shown: dict[str, Task] = {}
+        self.erased: set[str] = set()
+        """Whom an erasure names that is later than all they did: in whatever order it came, nothing of them stays."""
+        self._erasures = 0
         self.poison: dict[Place, Letter] = {}
         self.ends: dict[tuple[str, int], int] = {}
         """By topic and partition, the offset after the last record."""
@@ -74,58 +84,108 @@ class Oracle:
 
     def see(self, record: Record) -> None:
         """Take one produced record in."""
-        self.records += 1
-        place = record.topic, record.partition
-        self.ends[place] = max(self.ends.get(place, 0), record.offset + 1)
+        self._count(record)
         try:
             user, example = read_event(record.value, self._rules)
         except Poison as reason:
-            self.poison[*place, record.offset] = Letter(str(reason), record.key, record.value, tuple(record.headers))
+            self._refuse(record, reason)
             return
-        task = self._tasks.setdefault(user, Task())
+        shown = example[3] == _IMPRESSION
+        task = (self._shown if shown else self._tasks).setdefault(user, Task())
         if example[1] in task.ids:
             self.duplicates += 1
             return
         task.ids.add(example[1])
         task.events[example[1]] = example
-        if len(task.events) > _EARLIER * self._rules.capacity:
-            task.events = {each[1]: each for each in self._newest(task)}
+        if len(task.events) > _EARLIER * (capacity := self._capacity(shown=shown)):
+            task.events = {each[1]: each for each in _newest(task, capacity)}
 
-    @property
-    def users(self) -> list[str]:
-        return list(self._tasks)
+    def see_erasure(self, record: Record) -> None:
+        """Take one record of the erasure topic in, after all events."""
+        self._count(record)
+        try:
+            user, until = read_erasure(record.value, self._rules)
+        except Poison as reason:
+            self._refuse(record, reason)
+            return
+        self._erasures += 1
+        done = [task.events.values() for tasks in (self._tasks, self._shown) if (task := tasks.get(user))]
+        if all(each[0] <= until for events in done for each in events):
+            self.erased.add(user)
 
-    def expected(self, user: str) -> list[Example]:
+    def users(self, *, shown: bool = False) -> list[str]:
+        """Those who must have a set, of what they did or of what they were shown."""
+        return [user for user in (self._shown if shown else self._tasks) if user not in self.erased]
+
+    def expected(self, user: str, *, shown: bool = False) -> list[Example]:
         """The user's newest events by time and then hash, oldest first."""
-        return self._newest(self._tasks[user])
+        return _newest((self._shown if shown else self._tasks)[user], self._capacity(shown=shown))
 
     def fates(self) -> Counter[str]:
-        """How many of the records must leave nothing: duplicates, and those that were too late or are pushed out."""
-        distinct = sum(len(task.ids) for task in self._tasks.values())
-        stored = sum(len(self._newest(task)) for task in self._tasks.values())
-        return Counter(duplicate=self.duplicates, too_late=distinct - stored)
+        """How many of the records must leave nothing: duplicates, erasures, what was erased, and what was too late.
 
-    def _newest(self, task: Task) -> list[Example]:
-        return sorted(task.events.values())[-self._rules.capacity :]
+        Late are also those that were stored and have been pushed out since.
+        """
+        counts = Counter(duplicate=self.duplicates, erasures=self._erasures)
+        for shown, tasks in ((False, self._tasks), (True, self._shown)):
+            for user, task in tasks.items():
+                if user in self.erased:
+                    counts["erased"] += len(task.ids)
+                else:
+                    counts["too_late"] += len(task.ids) - min(len(task.events), self._capacity(shown=shown))
+        return counts
+
+    def _capacity(self, *, shown: bool) -> int:
+        return self._rules.impressions if shown else self._rules.capacity
+
+    def _count(self, record: Record) -> None:
+        self.records += 1
+        place = record.topic, record.partition
+        self.ends[place] = max(self.ends.get(place, 0), record.offset + 1)
+
+    def _refuse(self, record: Record, reason: Poison) -> None:
+        place = record.topic, record.partition, record.offset
+        self.poison[place] = Letter(str(reason), record.key, record.value, tuple(record.headers))
+
+
+def _newest(task: Task, capacity: int) -> list[Example]:
+    return sorted(task.events.values())[-capacity:]
 
 
 def read_event(value: bytes | None, rules: Rules) -> tuple[str, Example]:
     """The user and the example that a record's value says; raises Poison."""
-    if not value:
-        raise Poison("undecodable")
-    if len(value) > rules.max_bytes:
+    if value and len(value) > rules.max_bytes:
         raise Poison("too_large")
-    try:
-        event = json.loads(value.decode(), parse_constant=_refused)
-    except (ValueError, RecursionError):
-        raise Poison("undecodable") from None
+    event = _json(value)
     if not (isinstance(event, dict) and _identified(event) and event.get("event_type") in _CODES):
         raise Poison("invalid_field")
     time = _time_ms(event.get("event_time"))
     if time is None or not 0 <= time <= rules.latest_ms:
         raise Poison("invalid_field")
     kind = event["event_type"]
-    return event["user_id"], (time, _hash(event["event_id"]), event["item_id"], _CODES[kind], rules.weights[kind])
+    weight = 0.0 if _CODES[kind] == _IMPRESSION else rules.weights[kind]
+    return event["user_id"], (time, _hash(event["event_id"]), event["item_id"], _CODES[kind], weight)
+
+
+def read_erasure(value: bytes | None, rules: Rules) -> tuple[str, int]:
+    """The user, and up to when (epoch ms) an erasure's value says that all must go; raises Poison."""
+    erasure = _json(value)
+    user = erasure.get("user_id") if isinstance(erasure, dict) else None
+    if not isinstance(user, str) or not 0 < len(user) <= _MOST_ERASED_CHARACTERS or "\0" in user:
+        raise Poison("invalid_field")
+    until = erasure.get("requested_at")
+    if not isinstance(until, int) or isinstance(until, bool) or not 0 <= until <= min(rules.latest_ms, _LATEST_EVER):
+        raise Poison("invalid_field")
+    return user, until
+
+
+def _json(value: bytes | None) -> Any:
+    if not value:
+        raise Poison("undecodable")
+    try:
+        return json.loads(value.decode(), parse_constant=_refused)
+    except (ValueError, RecursionError):
+        raise Poison("undecodable") from None
 
 
 def _refused(constant: str) -> None:

@@ -7,7 +7,7 @@ lost the partition and slept. The epochs in the headers tell: records of one key
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,8 @@ class Final:
 class ScoreJudge:
     """Judges one topic of `model` ("recommendations" or "ads")."""
 
-    def __init__(self, model: str, epochs: Mapping[int, int], partitions: int) -> None:
-        self._model, self._epochs, self._partitions = model, epochs, partitions
+    def __init__(self, model: str, epochs: Mapping[int, int], partitions: int, erased: Collection[str] = ()) -> None:
+        self._model, self._epochs, self._partitions, self._erased = model, epochs, partitions, erased
         self._keys: dict[str, _Key] = {}
         self.records = self.older = self.repeats = 0
 
@@ -55,19 +55,23 @@ class ScoreJudge:
         """Take the next record of the topic in; yields findings."""
         self.records += 1
         where = f"{record.topic}[{record.partition}]@{record.offset}"
-        if record.key is None or record.value is None:
-            yield f"{where}: a score record without key or value, and nobody was erased."
-            return
         user = _user(record)
-        said, epoch = json.loads(record.value), _epoch(record)
+        if record.key is None or (record.value is None and user not in self._erased):
+            yield f"{where}: a score record without key or value, and user {user} was not erased."
+            return
         key = self._keys.setdefault(user, _Key())
+        if record.value is None:
+            key.last, key.last_offset = {}, record.offset
+            return
+        said, epoch = json.loads(record.value), _epoch(record)
         if record.partition != (own := partition_of(record.key, self._partitions)):
             yield f"{where}: user {user} belongs on partition {own}."
         if said["user_id"] != user or said["model"] != self._model:
             yield f"{where}: the record under the key {user} is of {said['user_id']} and model {said['model']}."
         if epoch is None or epoch > self._epochs.get(record.partition, 0):
             yield f"{where}: user {user}'s record was written under epoch {epoch}, which nobody has had."
-        yield from self._order(record, key, (said["model_version"], said["support_version"]), epoch)
+        if user not in self._erased:
+            yield from self._order(record, key, (said["model_version"], said["support_version"]), epoch)
         yield from self._content(where, user, key, said)
         key.last, key.last_offset = said, record.offset
 
@@ -119,8 +123,14 @@ class ScoreJudge:
                     f" {key.last['support_size']} events up to {key.last['event_time']}, and the set has"
                     f" {final.support_size} up to {final.event_time}."
                 )
-        for user in self._keys.keys() - wanted.keys():
+        for user in sorted(self._keys.keys() - wanted.keys() - set(self._erased)):
             yield f"User {user} has {self._model} and no events."
+        for user in sorted(self._erased):
+            if user not in self._keys:
+                yield f"User {user} was erased and has no tombstone among the {self._model}."
+            elif self._keys[user].last:
+                offset = self._keys[user].last_offset
+                yield f"User {user} was erased, and the last of the {self._model} (offset {offset}) is a list."
 
     def last(self, user: str) -> dict[str, Any]:
         """The user's last record; empty where there is none."""
