@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from innerloop.errors import SettingsError
+
 if TYPE_CHECKING:
     from innerloop.evaluation.outcome import Outcome, Tell
     from innerloop.evaluation.protocols.stream import Live
@@ -84,12 +86,13 @@ def sequence(  # noqa: PLR0917 - options by name
     ] = "attention",
     dimension: Annotated[int, typer.Option(min=2, help="Coordinates of an item's vector.")] = 96,
     epochs: Annotated[int, typer.Option(min=1, help="The most epochs of that encoder.")] = 14,
+    users: Annotated[int, typer.Option(min=1, help="The most users that are tested, drawn at random.")] = 50_000,
 ) -> None:
     """Every user's last item among the whole catalogue, after the items before it."""
     from innerloop.evaluation.protocols import sequence  # noqa: PLC0415
     from innerloop.evaluation.sequence_course import Options  # noqa: PLC0415
 
-    options = Options(encoder=encoder, dimension=dimension, epochs=epochs)
+    options = Options(encoder=encoder, dimension=dimension, epochs=epochs, users=users)
     job = _Job("sequence", data, report, draws, seed)
     job.judge(lambda tell: sequence.run(data, seed=seed, tell=tell, options=options))
 
@@ -98,12 +101,19 @@ Share = Annotated[float, typer.Option(help="Share of the time span that trains; 
 
 
 @app.command("slate")
-def slate(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0, train_share: Share = 0.5) -> None:
+def slate(  # noqa: PLR0917 - options by name
+    data: Data,
+    report: Folder,
+    draws: Draws = 500,
+    seed: Seed = 0,
+    train_share: Share = 0.5,
+    most: Annotated[int, typer.Option(min=1, help="The most choices that are scored, evenly spread.")] = 50_000,
+) -> None:
     """The items shown at a click-out, ranked from strictly earlier actions."""
     from innerloop.evaluation.protocols import slate  # noqa: PLC0415
 
     job = _Job("slate", data, report, draws, seed)
-    job.judge(lambda tell: slate.run(data, seed=seed, tell=tell, train_share=train_share))
+    job.judge(lambda tell: slate.run(data, seed=seed, tell=tell, train_share=train_share, most=most))
 
 
 @app.command("conversion")
@@ -147,6 +157,8 @@ def stream(  # noqa: PLR0917 - options by name
     from innerloop.evaluation.protocols import stream  # noqa: PLC0415
     from innerloop.evaluation.stream_options import options_of  # noqa: PLC0415
 
+    if history is not None and warm_up is not None:
+        raise SettingsError("--history is what is learned from before anything is asked: leave out --warm-up.")
     options = options_of(
         preset,
         targets=tuple(target) if target else None,

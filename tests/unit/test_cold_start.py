@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from scipy.sparse import csr_matrix
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.protocols import cold_start
-from innerloop.evaluation.rating_episodes import draw_episodes
-from innerloop.evaluation.rating_validation import Chosen, choose, contents_of, learn_arms, split
+from innerloop.evaluation.rating_baselines import PopularityInCategory
+from innerloop.evaluation.rating_episodes import Episodes, draw_episodes
+from innerloop.evaluation.rating_validation import Chosen, choose, contents_of, item_categories, learn_arms, split
 from innerloop.evaluation.ratings import read_rating_data
 from innerloop.evaluation.scoreboard import rows
 from innerloop.learning.heads import Recipe
@@ -78,8 +80,28 @@ def figure(outcome: Outcome, arm: str, metric: str, where: str) -> float:
 def test_every_arm_and_baseline_is_there(outcome: Outcome) -> None:
     ours = {"default", "bayes", "anil", "cavia", "maml", "reptile", "none", "placebo"}
     baselines = {"global-mean", "item-mean", "user-mean", "item-user-bias", "item-knn", "biased-mf", "popularity"}
+    baselines |= {"popularity-in-category"}
     assert set(outcome.arms) == ours | baselines
     assert outcome.baselines == baselines
+
+
+def test_popularity_in_category_counts_among_what_is_like_the_users_examples() -> None:
+    counts, genres = np.array([9.0, 5.0, 7.0, 1.0]), csr_matrix(np.array([[1.0, 0], [0, 1], [1, 1], [0, 1]]))
+    arm = PopularityInCategory(counts, genres)
+    items, values = np.array([[0, 1, 2, 3, 1]]), np.ones((1, 5))
+    episodes = Episodes(np.array([0]), items, values, np.array([5]), np.array([5]), queries=3)
+    order = [np.argsort(-arm.predict(episodes, np.array([shots])).mean[0]).tolist() for shots in (0, 2)]
+    assert order[0] == [0, 2, 1]  # by popularity
+    assert order[1] == [2, 1, 0]  # items 3 and 1 were rated, which are of the second genre
+
+
+def test_without_a_column_of_categories_there_is_no_popularity_in_them(tmp_path: Path) -> None:
+    tables = world()
+    plain = tables | {"items": tables["items"].drop("genre")}
+    for name, given, there in (("with", tables, True), ("without", plain, False)):
+        data = read_rating_data(write(tmp_path / name, given))
+        found = item_categories(data)
+        assert (found is not None) == there
 
 
 def test_every_metric_and_slice_is_there(outcome: Outcome) -> None:

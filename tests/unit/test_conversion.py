@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation import conversion_baselines as baselines
 from innerloop.evaluation import taught_heads
 from innerloop.evaluation.conversion_heads import Clicks
 from innerloop.evaluation.conversion_log import read_log
@@ -14,7 +15,7 @@ from innerloop.evaluation.metrics import auc, calibration_error
 from innerloop.evaluation.protocols import conversion
 from innerloop.evaluation.scoreboard import rows
 from innerloop.learning.ads.ad_head import OWN_CLICKS
-from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, population
+from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, overall_rate, population
 
 _START, _HOUR, _DAY = 1_750_000_000_000, 3_600_000, 86_400_000
 
@@ -54,7 +55,7 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
     assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
-    assert found.baselines == {"global-rate", "item-rate", "streaming-counts", "logistic"}
+    assert found.baselines == {"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
     assert found.labels.mean() > 0.05
     for predicted in found.predictions.values():
@@ -130,7 +131,29 @@ def test_an_item_nobody_clicked_has_its_categorys_rate(file: Path) -> None:
 def test_without_categories_and_with_text_for_names_it_runs_too(tmp_path: Path) -> None:
     bare = _events().drop("category_id").with_columns(pl.format("u-{}", "user_id").alias("user_id"))
     bare.write_csv(tmp_path / "events.csv")
-    assert "default" in conversion.run(tmp_path / "events.csv", seed=0, tell=_tell).predictions
+    found = conversion.run(tmp_path / "events.csv", seed=0, tell=_tell).predictions
+    assert "default" in found
+    assert "category-rate" not in found
+
+
+def test_baselines_are_calibrated_as_the_arms_are(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else log-loss and calibration error would compare a scaled arm with a raw baseline."""
+    monkeypatch.setattr(conversion, "_calibrated", lambda _case, logits: np.full(len(logits), 0.5))
+    for arm, predicted in conversion.run(file, seed=0, tell=_tell).predictions.items():
+        assert (predicted == 0.5).all(), arm
+
+
+def test_the_rate_of_a_category_is_its_own_shrunk_to_everybodys(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    prior = content_prior(log, _START + 4 * _DAY)
+    at, known = log.clicks, known_counts(log, log.categories, log.clicks)
+    found, overall = baselines.category_rate(log, at, prior), overall_rate(log, at)
+    strength = prior.category_strength
+    expected = (known.successes + strength * overall) / (known.trials + strength)
+    np.testing.assert_allclose(found, expected)
+    last = at[-100:]
+    rates = [found[-100:][log.categories[last] == category].mean() for category in range(3)]
+    assert rates[1] > max(rates[0], rates[2])  # what is bought above all
 
 
 def test_a_window_decides_which_purchases_count(file: Path) -> None:

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from innerloop.learning.heads import AnilHead, CaviaHead, Head, MamlHead, Support, anil, cavia, maml, mlp
+from innerloop.learning.heads import (
+    AnilHead,
+    CaviaHead,
+    Head,
+    MamlHead,
+    ReptileHead,
+    Support,
+    anil,
+    cavia,
+    maml,
+    mlp,
+)
 from innerloop.learning.heads.meta import Weights
 from innerloop.learning.heads.steps import Examples, Rule
 
@@ -164,13 +175,15 @@ def test_the_second_order_gradient_is_not_the_first_order_one(model: Model) -> N
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["anil", "maml", "cavia"])
+@pytest.mark.parametrize("kind", ["anil", "maml", "cavia", "reptile"])
 def test_no_steps_change_nothing_bit_for_bit(kind: str) -> None:
-    weights = {name: value.float() for name, value in MODELS[kind].weights.items()}
+    like = "maml" if kind == "reptile" else kind  # the same network, learned in another way
+    weights = {name: value.float() for name, value in MODELS[like].weights.items()}
     none, slope = torch.empty(0), weights["slope"]
     heads: dict[str, Callable[[], Head]] = {
         "anil": lambda: AnilHead(weights["start"], none, slope),
         "maml": lambda: MamlHead(weights["start"], none, slope, D),
+        "reptile": lambda: ReptileHead(weights["start"], none, slope, D),
         "cavia": lambda: CaviaHead(weights | {"rates": none}),
     }
     head, support = heads[kind](), _support()

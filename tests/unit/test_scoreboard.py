@@ -11,7 +11,7 @@ from scipy.stats import bootstrap
 
 from innerloop.evaluation.metrics import auc
 from innerloop.evaluation.outcome import Outcome
-from innerloop.evaluation.report import Report
+from innerloop.evaluation.report import Report, _figures
 from innerloop.evaluation.scoreboard import Row, rows
 
 
@@ -114,7 +114,44 @@ def test_moments_an_arm_was_not_asked_at_do_not_count() -> None:
     table = found(partial)
     assert table["default", "mae", "all"].value == pytest.approx(np.nanmean(some))
     assert table["default", "mae", "all"].n == (~np.isnan(some)).sum()
-    assert ("default - none", "mae", "all") not in table  # they are of different moments
+    difference = table["default - none", "mae", "all"]  # of the moments at which both were asked
+    assert difference.value == pytest.approx(np.nanmean(some - given.means["none"]["mae"]))
+    assert difference.n == (~np.isnan(some)).sum()
+
+
+def test_an_arm_that_was_asked_less_often_is_compared_at_the_same_moments() -> None:
+    """Where it was asked it is better by a constant, so that the difference has no width."""
+    given = outcome()
+    values = given.means["default"]["mae"]
+    some = np.where(np.arange(len(values)) % 3 == 0, np.nan, values - 0.25)
+    heads = Outcome(
+        given.users,
+        frozenset({"strong"}),
+        {"default": {"mae": values}, "head": {"mae": some}, "none": {"mae": values}, "strong": {"mae": values}},
+        smaller_is_better=frozenset({"mae"}),
+    )
+    table = found(heads)
+    for name in ("head - none", "head - strong"):
+        row = table[name, "mae", "all"]
+        assert [row.value, row.low, row.high] == pytest.approx([-0.25] * 3)
+        assert row.n == (~np.isnan(some)).sum()
+
+
+def test_every_arm_of_ours_is_compared_with_none_and_the_best_baseline_and_the_placebo_with_none() -> None:
+    given = outcome()
+    more = {"bayes": given.means["default"], "placebo": given.means["weak"], **given.means}
+    ours = Outcome(
+        given.users,
+        given.baselines,
+        more,
+        smaller_is_better=given.smaller_is_better,
+        differences=(("default", "placebo"),),
+    )
+    names = {arm for arm, metric, _ in found(ours) if " - " in arm and metric == "mae"}
+    assert names == {
+        *("default - none", "default - strong", "bayes - none", "bayes - strong"),
+        *("placebo - none", "default - placebo"),
+    }
 
 
 def test_a_pooled_statistic_gets_each_users_moments_as_often_as_the_user_was_drawn() -> None:
@@ -179,6 +216,13 @@ def test_the_page_escapes_what_it_is_given(tmp_path: Path) -> None:
     page = (tmp_path / "new" / "folder" / "report.html").read_text()
     assert "a&lt;b" in page
     assert "</pre><script>" not in page
+
+
+def test_days_have_a_plot_of_their_own_and_so_have_each_targets_days() -> None:
+    slices = ("all", "2017-11-25", "2017-11-26", "purchase, 2017-11-25", "day 1", "purchase", "support 1-2")
+    given = [Row("default", "auc", name, 0.5, 0.4, 0.6, 3) for name in slices]
+    titles = [figure.layout.title.text for figure in _figures(given, "auc")]
+    assert titles == ["auc", "auc by day", "auc by day, purchase"]
 
 
 def test_the_table_of_many_metrics_leaves_out_the_intervals() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from innerloop.evaluation.baselines.sequence_scorers import (
 )
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.protocols.sequence import BASELINES, _other_users, run
-from innerloop.evaluation.sequence_course import Options
+from innerloop.evaluation.sequence_course import HEADS, Options
 from innerloop.evaluation.sequence_heads import GAINS, chosen_gain
 from innerloop.evaluation.sequence_served import ServedSequences, as_events
 from innerloop.evaluation.sequences import Sequences, read_sequences
@@ -101,13 +102,21 @@ def test_a_file_that_cannot_be_used_is_refused_with_a_sentence(
         read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
 
 
-def test_a_missing_file_and_a_folder_of_several_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is not a file"):
         read_sequences(tmp_path / "none.parquet", seed=0)
-    for name in ("a.parquet", "b.parquet"):
-        written(shop(users=2), tmp_path / name)
-    with pytest.raises(SettingsError, match="holds 2 files"):
+    with pytest.raises(SettingsError, match="holds none of"):
         read_sequences(tmp_path, seed=0)
+
+
+def test_a_folder_of_several_files_is_all_of_them(tmp_path: Path) -> None:
+    whole = shop(users=8).sort("user_id", "position")
+    for at, part in enumerate((whole.head(11), whole.slice(11))):
+        part.write_csv(tmp_path / f"{at}.csv") if at else written(part, tmp_path / f"{at}.parquet")
+    found = read_sequences(tmp_path, seed=0)
+    with_one = read_sequences(written(whole, tmp_path / "whole.parquet"), seed=0)
+    assert found.items.tolist() == with_one.items.tolist()
+    assert found.starts.tolist() == with_one.starts.tolist()
 
 
 def test_the_last_items_are_cut_off_per_user() -> None:
@@ -261,6 +270,18 @@ def test_own_items_are_ranked_where_the_shops_users_come_back_to_them(tmp_path: 
     assert outcome.facts["own items"] == "ranked with the others"
     assert outcome.means["recents"]["hr@10"].mean() > 0.3
     assert outcome.means["default"]["hr@10"].mean() > 0.3
+
+
+def test_every_head_is_an_arm_and_of_many_users_some_are_tested(tmp_path: Path) -> None:
+    options = replace(QUICK, heads=HEADS, users=40)
+    found = run(written(shop(), tmp_path / "shop.parquet"), seed=0, tell=silent, options=options)
+    assert set(found.means) >= {"default", "none", "placebo", *HEADS, "ease", "ials", "vsknn", "item-knn"}
+    assert len(np.unique(found.users)) == len(found.users) == 40
+    assert found.facts["users with more, drawn for the test"] == "40 of 150"
+    for arm, metrics in found.means.items():
+        assert all(np.isfinite(values).all() and len(values) == 40 for values in metrics.values()), arm
+    assert found.facts["EASE"]["ridge"] in found.facts["EASE"]["chosen from"]  # type: ignore[index]
+    assert {"regularization", "alpha"} <= set(found.facts["iALS"])  # type: ignore[call-overload]
 
 
 def test_who_has_one_item_is_not_tested_and_too_few_events_for_a_release_are_a_sentence(tmp_path: Path) -> None:

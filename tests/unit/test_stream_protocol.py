@@ -18,6 +18,7 @@ from innerloop.evaluation.protocols import stream as stream_module
 from innerloop.evaluation.protocols.stream import Heard, moments, run
 from innerloop.evaluation.served import School, Served, list_length, seen
 from innerloop.evaluation.shop import Process, Shop
+from innerloop.evaluation.stream_arms import ranks
 from innerloop.evaluation.stream_options import PRESETS, StreamOptions, options_of
 from innerloop.events import CODES
 from innerloop.learning.releases import Release
@@ -96,6 +97,27 @@ def test_slices_part_the_moments(outcome: Outcome) -> None:
     days = np.stack([of for name, of in outcome.slices.items() if name[:2] == "20"])
     assert (sizes.sum(0) == 1).all()
     assert (days.sum(0) == 1).all()
+
+
+@pytest.mark.usefixtures("_no_others")
+def test_every_target_has_its_days(events: pl.DataFrame, tmp_path: Path) -> None:
+    outcome = run(_write(tmp_path, events), replace(OPTIONS, targets=("click", "purchase"), every=5), tell=_quiet)
+    days = [name for name in outcome.slices if name[:2] == "20"]
+    parts = {name: [outcome.slices[f"{kind}, {name}"] for kind in ("click", "purchase")] for name in days}
+    assert days
+    for name, (clicks, purchases) in parts.items():
+        assert not (clicks & purchases).any()
+        assert (clicks | purchases).tolist() == outcome.slices[name].tolist()
+
+
+@pytest.mark.usefixtures("_no_others")
+def test_without_sessions_the_sessions_asked_for_are_visits(events: pl.DataFrame, tmp_path: Path) -> None:
+    options = replace(options_of("globo"), every=3, warm_up_share=0.6, train_every_hours=1e6, sequence="off")
+    outcome = run(_write(tmp_path, events.drop("session_id")), options, tell=_quiet)
+    assert len(outcome.users) > 20
+    assert outcome.facts["sessions"] == "visits that end after 30 min"
+    asked = run(_write(tmp_path, events), options, tell=_quiet)
+    assert asked.facts["sessions"] == "as in the data"
 
 
 def test_without_examples_default_is_the_unadapted_list(outcome: Outcome) -> None:
@@ -191,10 +213,40 @@ def test_training_again_keeps_what_is_known_of_items(events: pl.DataFrame) -> No
 def test_a_placebo_is_another_user_and_nothing_later(events: pl.DataFrame) -> None:
     log, served, rows = _served(events, OPTIONS)
     others = served._others(rows, np.random.default_rng(0))
-    assert (log.users[others] != log.users[rows]).mean() > 0.95
-    assert (others <= rows).all()
+    assert (log.users[others] != log.users[rows]).all()
+    assert (log.times[others] < log.answered(rows)).all(), "nothing is known of it that was not when the list was made"
     assert len(np.unique(others)) > len(rows) / 2, "also where the log is short: not all the same one"
     assert (log.support_sizes(others) > 0).mean() > 0.8, "else a placebo would be no adaptation"
+
+
+def test_a_placebo_is_never_the_user_even_where_one_has_nearly_all_events() -> None:
+    rows = [(1, 0, 0, "click", None), *((0, item % 4, 1 + item, "click", None) for item in range(400))]
+    log = _log(rows)
+    served = object.__new__(Served)
+    served._log = log
+    found = served._others(np.arange(1, 401), np.random.default_rng(0))
+    assert (found == 0).all()
+    alone = object.__new__(Served)
+    alone._log = _log(rows[1:])
+    assert (alone._others(np.arange(400), np.random.default_rng(0)) == -1).all()
+
+
+@pytest.mark.usefixtures("_no_others")
+def test_alone_a_user_has_no_placebo(events: pl.DataFrame, tmp_path: Path) -> None:
+    one = events.head(600).with_columns(pl.lit("u").alias("user_id"))
+    outcome = run(_write(tmp_path, one), OPTIONS, tell=_quiet)
+    assert np.isnan(outcome.means["placebo"]["hr@10"]).all()
+    assert np.isfinite(outcome.means["default"]["hr@10"]).all()
+
+
+@pytest.mark.parametrize("step", [1_000, 3_600_000])
+def test_a_release_is_of_earlier_events_whatever_the_clock_resolves(events: pl.DataFrame, step: int) -> None:
+    """The log shuffles what shares a time: the table's rows before a row number may be of that row's own time."""
+    coarse = events.with_columns(pl.col("event_time") // step * step)
+    log, school = stream_of(coarse), School(coarse, OPTIONS, 0)
+    for start in range(200, len(log), 97):
+        learned = school._newest(start)["event_time"].to_numpy()
+        assert learned.tolist() == log.times[log.times < log.times[start]].tolist()
 
 
 # --- through Kafka
@@ -257,7 +309,10 @@ def _expected(log: StreamLog, options: StreamOptions, start: int) -> list[int]:
         asked = log.kinds[row] in [CODES[name] for name in options.targets]
         if options.within_session:
             last = max(earlier, key=lambda n: int(log.place[n])) if earlier else None
-            asked = asked and last is not None and log.sessions[last] == log.sessions[row] != -1
+            if (log.sessions < 0).all():  # no event of the data names a session: half an hour without one ends a visit
+                asked = asked and last is not None and log.times[row] - log.times[last] <= 1_800_000
+            else:
+                asked = asked and last is not None and log.sessions[last] == log.sessions[row] != -1
         if options.remove_seen:
             asked = asked and not any(log.items[n] == log.items[row] for n in earlier)
         if asked:
@@ -290,6 +345,31 @@ def test_moments_are_those_of_a_loop_over_events(  # noqa: PLR0917
             moments(log, options, start)
 
 
+def test_everything_a_user_has_seen_is_removed_however_long_ago() -> None:
+    """A user with 300 items is shown all of them again, best first, and then the next one."""
+    log = _log([(0, item, item, "click", None) for item in range(301)])
+    row, options = np.array([300]), StreamOptions(remove_seen=True)
+    lists = np.arange(301)[None], np.arange(301.0, 0.0, -1.0)[None]
+    assert served_module.judged(log, row, options, lists, lambda named: named).tolist() == [1]
+    found = served_module.judged(log, row, StreamOptions(), lists, lambda named: named)
+    assert found.tolist() == [log.items[300] + 1]
+
+
+@given(rows_of)
+def test_ranks_are_the_same_however_few_rows_are_judged_at_once(events: list[Row]) -> None:
+    log, options = _log(events), StreamOptions(remove_seen=True)
+    every = np.arange(len(log))
+    items = np.tile(np.arange(len(log.item_ids)), (len(log), 1))
+    lists = items, np.random.default_rng(0).random(items.shape)
+    together = served_module.judged(log, every, options, lists, lambda named: named)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served_module, "_SEEN_AT_ONCE", 3)
+        apart = served_module.judged(log, every, options, lists, lambda named: named)
+    own = seen(log, every, options)
+    assert own is not None
+    assert together.tolist() == apart.tolist() == ranks(*lists, log.items, own).tolist()
+
+
 @given(rows_of)
 def test_what_was_seen_is_the_users_items_strictly_before(events: list[Row]) -> None:
     log = _log(events)
@@ -308,10 +388,25 @@ def test_lists_are_long_enough_for_what_is_removed() -> None:
     assert list_length(replace(options, remove_seen=True)) >= 50 + 8
 
 
-@pytest.mark.parametrize(("warm_up", "first"), [(None, 600), (900, 900), (0, 0), (10**9, 600)])
-def test_a_warm_up_longer_than_the_data_is_the_usual_share(warm_up: int | None, first: int) -> None:
+@pytest.mark.parametrize(("warm_up", "most", "first"), [(None, 1.0, 600), (900, 1.0, 900), (0, 1.0, 0)])
+@pytest.mark.parametrize("preset", [False, True])
+def test_the_warm_up_is_what_was_asked_for(
+    warm_up: int | None,
+    most: float,
+    first: int,
+    preset: bool,  # noqa: FBT001
+) -> None:
     log = stream_of(_history(1_000))
-    assert stream_module._warm_up(log, replace(OPTIONS, warm_up=warm_up)) == first
+    options = replace(OPTIONS, warm_up=warm_up, most_warm_up=0.95 if preset else most)
+    assert stream_module._warm_up(log, options) == first
+
+
+def test_a_presets_warm_up_that_most_of_the_data_would_go_into_is_the_usual_share() -> None:
+    """Else of data just above it nothing but the last moments would be scored."""
+    log = stream_of(_history(1_000))
+    assert stream_module._warm_up(log, replace(OPTIONS, warm_up=990, most_warm_up=0.5)) == 600
+    assert stream_module._warm_up(log, replace(options_of("globo"), warm_up_share=0.6)) == 600
+    assert stream_module._warm_up(log, options_of("globo", warm_up=990)) == 990
 
 
 def test_options_are_the_presets_with_what_was_chosen_in_their_place() -> None:
@@ -322,3 +417,5 @@ def test_options_are_the_presets_with_what_was_chosen_in_their_place() -> None:
         options_of("amazon")
     with pytest.raises(SettingsError, match=r"^view is no type of event to foresee"):
         options_of(None, targets=("click", "view"))
+    with pytest.raises(SettingsError, match=r"^The cut-off 101 is beyond the lists"):
+        options_of(None, hits=(10, 101))

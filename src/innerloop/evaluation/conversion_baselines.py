@@ -26,6 +26,14 @@ def item_rate(log: ConversionLog, at: Ints, prior: ContentPrior) -> Floats:
     return shrunk(known.successes, known.trials, overall_rate(log, at), prior.item_strength)
 
 
+def category_rate(log: ConversionLog, at: Ints, prior: ContentPrior) -> Floats:
+    """The rate of the item's category, shrunk to everybody's, [M]; everybody's where it has none."""
+    known = known_counts(log, log.categories, at)
+    overall = overall_rate(log, at)
+    found = shrunk(known.successes, known.trials, overall, prior.category_strength)
+    return np.where(log.categories[at] >= 0, found, overall)
+
+
 def counts(log: ConversionLog, at: Ints) -> Floats:
     """Log counts and smoothed log rates of user, item, category and user with category, before each moment, [M, 20].
 

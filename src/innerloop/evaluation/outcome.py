@@ -6,7 +6,7 @@ A moment is one rating, click, click-out or purchase that the arms had to forese
     pooled   one figure of all moments together (AUC, log-loss, calibration error), made of their predictions
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +29,8 @@ class Outcome:
     subsets; `all` is always there besides. `means[arm][metric]` is [N], NaN where the arm wasn't asked.
     `predictions[arm]` [N] goes with `labels` [N] into each of the `pooled` statistics. `baselines` names the arms that
     are what shops run today, in contrast to ours and to the controls. Of the metrics in `smaller_is_better` the least
-    is best. `facts` (what was trained on, settings found, seconds by arm) goes into the report as it is.
+    is best. `differences` names pairs of arms whose difference is told besides the usual ones. `facts` (what was
+    trained on, settings found, seconds by arm) goes into the report as it is.
     """
 
     users: Ints
@@ -40,6 +41,7 @@ class Outcome:
     predictions: Mapping[str, Floats] = field(default_factory=dict)
     pooled: Mapping[str, Statistic] = field(default_factory=dict)
     smaller_is_better: frozenset[str] = frozenset()
+    differences: Sequence[tuple[str, str]] = ()
     release: str = ""
     facts: Mapping[str, object] = field(default_factory=dict)
 

@@ -179,6 +179,31 @@ class Popularity:
         return Prediction(scores, np.zeros_like(scores), np.zeros(scores.shape, np.int64))
 
 
+CATEGORY_COLUMNS = ("category", "category_id", "genre", "genres")
+
+
+@dataclass(frozen=True)
+class PopularityInCategory:
+    """Popularity, times how much of what the user's examples are an item is: an order, no rating.
+
+    `categories` [M, C] says which categories each item is of. Without examples the order is that of popularity.
+    """
+
+    counts: Floats
+    categories: csr_matrix
+
+    def predict(self, episodes: Episodes, shots: Ints) -> Prediction:
+        asked, support, _ = _split(episodes)
+        row, place = np.nonzero(known_support(episodes, shots))
+        known = csr_matrix((np.ones(len(row)), (row, support[row, place])), (len(asked), len(self.counts)))
+        profile = (known @ self.categories).toarray()  # [E, C]
+        profile /= np.maximum(profile.sum(1, keepdims=True), 1.0)
+        shared = np.stack([self.categories[items] @ mine for items, mine in zip(asked, profile, strict=True)])
+        scores = self.counts[asked] * (shared + _OTHERWISE)
+        return Prediction(scores, np.zeros_like(scores), np.zeros(scores.shape, np.int64))
+
+
+_OTHERWISE = 1e-6  # of its popularity, what an item of none of these categories is worth
 _INF = float("inf")
 _SETTINGS: dict[str, list[tuple[float, float]]] = {  # ridge of the items, ridge of the users
     "global-mean": [(_INF, _INF)],

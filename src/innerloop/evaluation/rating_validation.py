@@ -5,11 +5,18 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation.outcome import Bools, Ints
 from innerloop.evaluation.rating_arms import Arms, ModelSettings, bayes, learn_heads
-from innerloop.evaluation.rating_baselines import Popularity, RatingArm, learn_candidates
+from innerloop.evaluation.rating_baselines import (
+    CATEGORY_COLUMNS,
+    Popularity,
+    PopularityInCategory,
+    RatingArm,
+    learn_candidates,
+)
 from innerloop.evaluation.rating_decision import DecisionRule, Prediction
 from innerloop.evaluation.rating_episodes import Episodes, draw_episodes
 from innerloop.evaluation.rating_heads import HeadArm
@@ -91,7 +98,23 @@ def learn_arms(data: RatingData, chosen: Chosen, recipe: Recipe, tell: Tell) -> 
     count = len(data.item_ids)
     grid = learn_candidates(data.training, count, recipe.seed, chosen.baselines)
     popularity: Arms = {"popularity": Popularity.learn(data.training, count)}
+    if (categories := item_categories(data)) is not None:
+        popularity["popularity-in-category"] = PopularityInCategory(
+            Popularity.learn(data.training, count).counts, categories
+        )
     return heads | {name: found[0] for name, found in grid.items()} | popularity
+
+
+def item_categories(data: RatingData) -> csr_matrix | None:
+    """Which categories each item is of, [M, C]; None where the items have no column of such a name, or an empty one."""
+    named = {name.lower(): name for name in reversed(data.items.columns)}
+    column = next((named[name] for name in CATEGORY_COLUMNS if name in named), None)
+    if column is None:
+        return None
+    known = np.isin(np.arange(len(data.item_ids)), data.training.items)
+    content = read_content(data.items.select("item_id", column), "item_id", data.item_ids, known)
+    features = csr_matrix(content.features[:, content.groups > 0] > 0, dtype=np.float64)
+    return features if features.shape[1] else None
 
 
 def _feasible(data: RatingData) -> list[int]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from innerloop.evaluation.scoreboard import Row
 
 _FEW_METRICS = 4  # more do not fit beside each other with their intervals
-_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_DAY = re.compile(r"(?:(?P<of>.+), )?(?:\d{4}-\d{2}-\d{2}|day \d+)")
 _STYLE = """
 :root { color-scheme: light dark; font-family: system-ui, sans-serif }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
@@ -102,11 +102,15 @@ def _section(name: str, rows: Sequence[Row]) -> str:
 
 
 def _figures(rows: Sequence[Row], metric: str) -> Iterator[go.Figure]:
-    """A figure over the slices, and one over the days where there are some."""
-    for title, by_day in ((metric, False), (f"{metric} by day", True)):
-        mine = [row for row in rows if row.metric == metric and bool(_DAY.fullmatch(row.slice)) == by_day]
-        if mine:
-            yield _figure(mine, title)
+    """A figure over the slices, one over the days where there are some, and one over each target's days."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.metric == metric:
+            day = _DAY.fullmatch(row.slice)
+            title = metric if day is None else f"{metric} by day" + (f", {day['of']}" if day["of"] else "")
+            groups.setdefault(title, []).append(row)
+    for title, mine in groups.items():
+        yield _figure(mine, title)
 
 
 def _figure(rows: Sequence[Row], title: str) -> go.Figure:

@@ -5,7 +5,7 @@ Tibshirani 1993, chapter 8) and an interval is between the 2.5% and 97.5% points
 judged on the same draws, so the interval of a difference is of the paired difference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome
 
 _DRAWS_AT_ONCE = 32
+_CONTROLS = frozenset({"none", "placebo"})
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,20 @@ class Row:
 
 
 def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
-    """Every arm's figures in every slice, then `default`'s differences to `none` and to the best baseline.
+    """Every arm's figures in every slice, then the differences that tell what an arm is worth.
 
-    The slice `all` is every moment, unless the outcome has a slice of that name.
-    A difference's arm is written `default - none`; the best baseline is the one best in that metric and slice.
+    The slice `all` is every moment, unless the outcome has a slice of that name. A difference's arm is written
+    `default - none`. There is one to `none` for each arm that is no baseline, one to the best baseline for each of
+    those but the controls, and those that the outcome names; the best baseline is the one best in that metric and
+    slice. A difference is of the moments at which both arms were asked.
     """
     everything = {"all": np.ones(len(outcome.users), bool), **outcome.slices}
     found: list[Row] = []
     for name, chosen in everything.items():
         if chosen.any():
             figures = _means(outcome, chosen, draws, seed) | _pooled(outcome, chosen, draws, seed)
-            found += _slice_rows(outcome, name, figures)
+            figures |= _differences(outcome, chosen, figures, draws, seed)
+            found += [_row(arm, metric, name, figure) for (arm, metric), figure in figures.items()]
     return found
 
 
@@ -58,17 +62,33 @@ class _Figure:
 _Figures = dict[tuple[str, str], _Figure]
 
 
-def _slice_rows(outcome: Outcome, name: str, figures: _Figures) -> Iterator[Row]:
-    for (arm, metric), figure in figures.items():
-        yield _row(arm, metric, name, figure)
-    for metric in dict.fromkeys(metric for _, metric in figures):
-        ours = figures.get(("default", metric))
-        if ours is None:
-            continue
-        for other in ("none", _best_baseline(outcome, metric, figures)):
-            theirs = figures.get((other, metric))
-            if theirs is not None and theirs.n == ours.n:
-                yield _row(f"default - {other}", metric, name, _Figure(ours.draws - theirs.draws, ours.n))
+def _differences(outcome: Outcome, chosen: Bools, figures: _Figures, draws: int, seed: int) -> _Figures:
+    """One draw's difference is that of the arms' figures; of means that were asked at other moments, see below."""
+    found: _Figures = {}
+    apart: dict[tuple[str, str], Floats] = {}
+    for arm, other, metric in _pairs(outcome, figures):
+        key = f"{arm} - {other}", metric
+        if metric in outcome.means.get(arm, {}):
+            ours, theirs = outcome.means[arm][metric][chosen], outcome.means[other][metric][chosen]
+            if not np.array_equal(np.isnan(ours), np.isnan(theirs)):
+                apart[key] = ours - theirs  # NaN where one of them wasn't asked
+                continue
+        ours, theirs = figures[arm, metric].draws, figures[other, metric].draws
+        found[key] = _Figure(ours - theirs, figures[arm, metric].n)
+    return found | _of_values(outcome.users[chosen], apart, draws, seed)
+
+
+def _pairs(outcome: Outcome, figures: _Figures) -> Iterator[tuple[str, str, str]]:
+    metrics = list(dict.fromkeys(metric for _, metric in figures))
+    best = {metric: _best_baseline(outcome, metric, figures) for metric in metrics}
+    for arm in outcome.arms:
+        others = [] if arm in outcome.baselines | {"none"} else ["none"]
+        others += [] if arm in outcome.baselines | _CONTROLS else ["the best baseline"]
+        others += [other for one, other in outcome.differences if one == arm]
+        for other, metric in ((other, metric) for other in others for metric in metrics):
+            name = best[metric] if other == "the best baseline" else other
+            if (arm, metric) in figures and (name, metric) in figures:
+                yield arm, name, metric
 
 
 def _best_baseline(outcome: Outcome, metric: str, figures: _Figures) -> str:
@@ -86,26 +106,25 @@ def _row(arm: str, metric: str, name: str, figure: _Figure) -> Row:
 
 
 def _means(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:
-    """Sums and counts by user first: then a draw is one product, however many moments there are."""
-    users = np.unique(outcome.users[chosen], return_inverse=True)[1]
-    keys = [(arm, metric) for arm, metrics in outcome.means.items() for metric in metrics]
-    values = [outcome.means[arm][metric][chosen] for arm, metric in keys]
-    asked = [~np.isnan(value) for value in values]
-    kept = [at for at, some in enumerate(asked) if some.any()]
-    if not kept:
+    values = {(arm, metric): of[chosen] for arm, metrics in outcome.means.items() for metric, of in metrics.items()}
+    return _of_values(outcome.users[chosen], values, draws, seed)
+
+
+def _of_values(owners: Ints, values: Mapping[tuple[str, str], Floats], draws: int, seed: int) -> _Figures:
+    """Means of each moment's values. Sums and counts by user first: then a draw is one product, whatever the moments.
+
+    A draw without any moment that was asked has no figure: NaN.
+    """
+    asked = {key: there for key, value in values.items() if (there := ~np.isnan(value)).any()}
+    if not asked:
         return {}
-    sums = np.stack([_by_user(users, np.nan_to_num(values[at])) for at in kept], 1)
-    counts = np.stack([_by_user(users, asked[at].astype(float)) for at in kept], 1)
-    parts = []
-    for weights in _weights(len(sums), draws, seed):
-        with np.errstate(invalid="ignore"):
-            parts.append((weights @ sums) / (weights @ counts))
+    users = np.unique(owners, return_inverse=True)[1]
+    sums = np.stack([_by_user(users, np.nan_to_num(values[key])) for key in asked], 1)
+    counts = np.stack([_by_user(users, there.astype(float)) for there in asked.values()], 1)
+    with np.errstate(invalid="ignore"):
+        parts = [(weights @ sums) / (weights @ counts) for weights in _weights(len(sums), draws, seed)]
     results = np.concatenate(parts)  # [1 + draws, K]
-    return {
-        keys[at]: _Figure(np.where(np.isnan(results[:, column]), results[0, column], results[:, column]), n)
-        for column, at in enumerate(kept)
-        if (n := int(asked[at].sum()))
-    }
+    return {key: _Figure(results[:, column], int(asked[key].sum())) for column, key in enumerate(asked)}
 
 
 def _pooled(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:

@@ -1,7 +1,8 @@
 """What the baselines and heads of the `sequence` protocol learn from the training part and the validation targets.
 
 1. The history encoder is trained on everything but the validation targets, which say when to stop.
-2. The settings of item-kNN are chosen by coordinate ascent on validation targets.
+2. The settings of item-kNN are chosen by coordinate ascent on validation targets, EASE's ridge and those of iALS from
+   a few, as far as the size of the data lets them be learned several times.
 3. Heads are meta-trained on some of the validation users, their gains chosen on others.
 4. All scorers are learned again with the validation items; the encoder continues from its best epoch.
 """
@@ -17,6 +18,7 @@ import torch
 from innerloop.evaluation.baselines.sequence_scorers import (
     Ease,
     Ials,
+    IalsSettings,
     Popularity,
     Recents,
     Scorer,
@@ -41,6 +43,10 @@ _AT_ONCE, _SCORES_AT_ONCE = 400, 5_000_000  # histories scored together: at most
 _TUNING, _EPISODES = 2_500, 1_500  # validation users for settings and heads
 _RARE_REPEATS = 0.005
 _CONTINUED = 0.25  # of the best number of epochs, for the validation items
+_RIDGE, _RIDGES = 60.0, (20.0, 200.0, 600.0)  # of EASE: the usual one, and what else is tried
+_IALS = (IalsSettings(0.05, 10.0), IalsSettings(0.5, 10.0), IalsSettings(0.5, 40.0))  # what else is tried
+_IALS_DIMENSION = 128
+_MOST_INVERTED, _MOST_FACTORED = 16_000, 1_000_000  # items, and events, up to which these are chosen: minutes
 _CANDIDATES: dict[str, tuple[float, ...]] = {
     "forget": (0.3, 0.5, 0.9, 1.0),
     "decay": (0.3, 0.5, 0.9, 1.0),
@@ -62,6 +68,8 @@ class Options:
     heads: tuple[str, ...] = HEADS
     positions: int = 1_500_000
     """Most events that the served release's own sequence model learns from."""
+    users: int = 50_000
+    """Most users that are tested, drawn at random; all are learned from."""
 
 
 @dataclass
@@ -88,6 +96,7 @@ class Course:
         train = self.sequences.without_last(2)
         model, plan = self._encoder()
         self.transitions = self._tune(train)
+        self.ridge, self.factors = self._choose_ridge(train), self._choose_factors(train)
         encoded = Encoded(model, self.options.capacity)
         self.heads = self._heads(encoded)
         self.tell("all again with the validation items", 0.75)
@@ -142,14 +151,10 @@ class Course:
 
     def _tune(self, train: Sequences) -> TransitionSettings:
         """Coordinate ascent on the nDCG@10 of validation targets."""
-        histories = self.taught.take(np.arange(min(_TUNING, len(self.taught))))
         settings = TransitionSettings()
 
         def quality(candidate: TransitionSettings) -> float:
-            scorer = Transitions.learn(train, candidate)
-            return float(
-                sum(self._worth(scorer.scores(histories.take(rows)), rows).sum() for rows in self.parts(histories))
-            )
+            return self._quality(Transitions.learn(train, candidate))
 
         best = self._timed("item-knn", lambda: quality(settings))
         for done, (name, values) in enumerate(_CANDIDATES.items()):
@@ -160,6 +165,34 @@ class Course:
                     best, settings = reached, candidate
         self.facts["item-kNN"] = asdict(settings)
         return settings
+
+    def _quality(self, scorer: Scorer) -> float:
+        """The sum of the nDCG@10 of the first validation targets."""
+        histories = self.taught.take(np.arange(min(_TUNING, len(self.taught))))
+        return float(
+            sum(self._worth(scorer.scores(histories.take(rows)), rows).sum() for rows in self.parts(histories))
+        )
+
+    def _choose_ridge(self, train: Sequences) -> float:
+        def quality(ridge: float) -> float:
+            scorer = Ease.learn(train, regularisation=ridge, forget=self.transitions.forget)
+            return -np.inf if scorer is None else self._quality(scorer)
+
+        self.tell("ridge of EASE", 0.5)
+        tried = (_RIDGE, *_RIDGES) if train.catalogue <= _MOST_INVERTED else (_RIDGE,)
+        best = self._timed("ease", lambda: max(tried, key=quality)) if len(tried) > 1 else _RIDGE
+        self.facts["EASE"] = {"ridge": best, "chosen from": tried}
+        return best
+
+    def _choose_factors(self, train: Sequences) -> IalsSettings:
+        def quality(settings: IalsSettings) -> float:
+            return self._quality(Ials(train, dimension=_IALS_DIMENSION, seed=self.seed, settings=settings))
+
+        self.tell("settings of iALS", 0.53)
+        tried = (IalsSettings(), *_IALS) if 0 < len(train.items) <= _MOST_FACTORED else (IalsSettings(),)
+        best = self._timed("ials", lambda: max(tried, key=quality)) if len(tried) > 1 else tried[0]
+        self.facts["iALS"] = {**asdict(best), "factors": _IALS_DIMENSION, "chosen from": [asdict(one) for one in tried]}
+        return best
 
     def parts(self, histories: Sequences) -> Iterator[Ints]:
         """Rows of histories, as many together as memory bears."""
@@ -201,8 +234,8 @@ class Course:
             "recents": Recents,
             "item-knn": lambda: Transitions.learn(train, self.transitions),
             "vsknn": lambda: VSknn.learn(train),
-            "ials": lambda: Ials(train, dimension=128, seed=self.seed),
-            "ease": lambda: Ease.learn(train, regularisation=60.0, forget=self.transitions.forget),
+            "ials": lambda: Ials(train, dimension=_IALS_DIMENSION, seed=self.seed, settings=self.factors),
+            "ease": lambda: Ease.learn(train, regularisation=self.ridge, forget=self.transitions.forget),
         }
         found = {name: self._timed(name, make) for name, make in makers.items()}
         return {name: scorer for name, scorer in found.items() if scorer is not None}

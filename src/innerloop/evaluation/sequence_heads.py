@@ -137,6 +137,8 @@ def chosen_gain(reached: Floats) -> float:
 
     On few histories the best of several gains is best by luck, and a large one ruins the list.
     """
+    if len(reached) < 2:  # noqa: PLR2004 - of one there is no standard error
+        return GAINS[0]
     best = int(reached.mean(0).argmax())
     better = reached[:, best] - reached[:, 0]
     sure = better.mean() > better.std() / np.sqrt(len(better))

@@ -91,41 +91,44 @@ class Sequences:
 
 
 def read_sequences(data: Path, *, seed: int) -> Sequences:
-    """Read a file, or the one such file of a folder.
+    """Read a file, or all such files of a folder as one.
 
     Raises SettingsError when there is no such file, a column is missing or empty, or nobody has two items.
     """
-    path = _file(data)
-    table = _positions(path)
+    table = _positions(data)
     order = np.random.default_rng(seed).permutation(table.height)
     shuffled = table[order].sort("user", "position", maintain_order=True)
     items = shuffled["item_id"].rank("dense").cast(pl.Int64).to_numpy() - 1
     lengths = np.bincount(shuffled["user"].to_numpy())
     if not len(lengths) or lengths.max() < 2:  # noqa: PLR2004 - one to learn from and one to foresee
-        raise SettingsError(f"{path} has no user with two items: nothing can be foreseen from a history.")
+        raise SettingsError(f"{data} has no user with two items: nothing can be foreseen from a history.")
     return Sequences(items.astype(np.int64), _starts(lengths), int(items.max()) + 1)
 
 
-def _file(data: Path) -> Path:
+def _files(data: Path) -> list[Path]:
     if not data.is_dir():
-        return data
+        return [data]
     found = sorted(path for path in data.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if len(found) != 1:
-        raise SettingsError(f"{data} holds {len(found)} files of sequences: name the one to evaluate.")
-    return found[0]
+    if not found:
+        raise SettingsError(f"{data} holds none of {', '.join(_SUFFIXES)} files: put the sequences there or name one.")
+    return found
 
 
-def _positions(path: Path) -> pl.DataFrame:
-    """Columns user (0, 1, ..), item_id and position, sorted by row of the file."""
+def _positions(data: Path) -> pl.DataFrame:
+    """Columns user (0, 1, ..), item_id and position, sorted by row of the files."""
+    events = pl.concat([_read(path) for path in _files(data)])
+    if not events.height:
+        raise SettingsError(f"{data} is empty: name a file with user_id, position and item_id.")
+    return events.select((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user"), "item_id", "position")
+
+
+def _read(path: Path) -> pl.DataFrame:
     columns = _columns(path)
     if "position" in columns:
         events = read_actions(path, columns={"event_time": columns["position"]})
     else:
         events = read_actions(path)
-    events = events.rename({"event_time": "position"})
-    if not events.height:
-        raise SettingsError(f"{path} is empty: name a file with user_id, position and item_id.")
-    return events.select((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user"), "item_id", "position")
+    return events.select("user_id", "item_id", pl.col("event_time").alias("position"))
 
 
 def _columns(path: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ import polars as pl
 import torch
 
 from innerloop.config import LearningSettings, SupportSettings
-from innerloop.evaluation.outcome import Ints, Tell
+from innerloop.evaluation.baselines.candidate_lists import WIDTH
+from innerloop.evaluation.outcome import Floats, Ints, Tell
 from innerloop.evaluation.stream_arms import ranks
 from innerloop.evaluation.stream_options import StreamOptions
 from innerloop.learning.heads import Head
@@ -22,8 +23,8 @@ from innerloop.learning.training import teach_heads, train
 
 HEAD_MOMENTS = 5_000
 """A head alone scores the whole catalogue, some by a network: they are asked at so many moments at most."""
-_SEEN = 256  # of a user's own items, the newest that are removed
-_OTHERS = 10_000  # a placebo's task is one of the users of so many events before
+_OTHERS, _DRAWS = 10_000, 10  # a placebo's task is one of the users of so many events before, by so many draws
+_SEEN_AT_ONCE = 2_000_000  # own items to remove, for the memory that they need
 _HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 
 
@@ -38,7 +39,7 @@ class School:
         )
 
     def release(self, upto: int, tell: Tell = lambda _what, _share: None) -> Release:
-        """A release of the newest events before row `upto`."""
+        """A release of the newest events that are earlier than row `upto`."""
         return train(
             self._newest(upto),
             settings=self._settings,
@@ -59,6 +60,9 @@ class School:
         )
 
     def _newest(self, upto: int) -> pl.DataFrame:
+        # By time: the log shuffles the events of one millisecond, so the rows before a row of it are others' here.
+        times = self._events["event_time"].to_numpy()
+        upto = int(np.searchsorted(times, times[upto], "left"))
         return self._events.slice(max(0, upto - self._options.train_on), min(upto, self._options.train_on))
 
 
@@ -88,12 +92,14 @@ class Served:
             if now - trained_at > self._options.train_every_hours * _HOUR_MS:
                 self._scorer.use(self._school.release(upto))
                 trained_at, self.trained_again = now, self.trained_again + 1
-            supports = self._supports(rows[some], rng)
+            others = self._others(rows[some], rng)
+            supports = self._supports(rows[some], others)
             stacked = np.concatenate([_wide(support, self._options.capacity) for support in supports.values()])
             replay.meet_support(stacked)
             all_ranks = self._ranks(np.tile(rows[some], len(supports)), stacked)
             for arm, mine in zip(supports, np.split(all_ranks, len(supports)), strict=True):
                 found.setdefault(arm, np.full(len(rows), -1))[some] = mine
+            found["placebo"][some[others < 0]] = -1
             few = some[asked[some]]
             if len(few):
                 alone.meet_before(upto)
@@ -106,24 +112,35 @@ class Served:
             tell(done / len(rows))
         return found
 
-    def _supports(self, rows: Ints, rng: np.random.Generator) -> dict[str, Ints]:
+    def _supports(self, rows: Ints, others: Ints) -> dict[str, Ints]:
         """What each arm knows of the task: rows [Q, S], newest first, -1 for none."""
         log, capacity = self._log, self._options.capacity
+        theirs = log.before(np.maximum(others, 0), capacity)[0]
         return {
             "default": log.before(rows, capacity)[0],
             "none": np.full((len(rows), 1), -1),
-            "placebo": log.before(self._others(rows, rng), capacity)[0],
+            "placebo": np.where(others[:, None] >= 0, theirs, -1),
             "stale-1h": log.before(rows, capacity, delay_ms=_HOUR_MS)[0],
             "stale-1d": log.before(rows, capacity, delay_ms=_DAY_MS)[0],
         }
 
     def _others(self, rows: Ints, rng: np.random.Generator) -> Ints:
-        """For each row an earlier one of another user, where one turns up in a few draws."""
-        drawn = rows
-        for _ in range(5):
-            back = (rng.random(len(rows)) * np.minimum(rows, _OTHERS)).astype(np.int64)
-            again = np.maximum(rows - 1 - back, 0)
-            drawn = np.where(self._log.users[drawn] == self._log.users[rows], again, drawn)
+        """For each row one of another user, drawn at random of those before the list was made; -1 where there is none.
+
+        It is one of the last `_OTHERS`, if possible. Where one user has nearly all events the draws may miss the
+        others, who are looked for then. A later row would make items known before their time.
+        """
+        users, drawn = self._log.users, rows
+        end = np.searchsorted(self._log.times, self._log.answered(rows), "left")
+        for _ in range(_DRAWS):
+            back = (rng.random(len(rows)) * np.minimum(end, _OTHERS)).astype(np.int64)
+            again = np.where(end > 0, end - 1 - back, rows)
+            drawn = np.where(users[drawn] == users[rows], again, drawn)
+        for at in np.flatnonzero(users[drawn] == users[rows]).tolist():
+            user, before = users[rows[at]], users[: end[at]]
+            there = max(0, len(before) - _OTHERS) + np.flatnonzero(before[-_OTHERS:] != user)
+            there = there if len(there) else np.flatnonzero(before != user)[-1:]
+            drawn[at] = rng.choice(there) if len(there) else -1
         return drawn
 
     def _ranks(self, rows: Ints, support: Ints) -> Ints:
@@ -131,16 +148,41 @@ class Served:
         return self._judged(self._scorer, rows, lists)
 
     def _judged(self, scorer: Scorer, rows: Ints, lists: Lists) -> Ints:
-        # Places are the catalogue's; the judge speaks of the log's items.
-        target = scorer.catalogue.places(self._log.items[rows])
-        own = seen(self._log, rows, self._options)
-        own = None if own is None else np.where(own >= 0, scorer.catalogue.places(np.maximum(own, 0)), -1)
-        return ranks(lists.places, lists.scores.astype(np.float64), target, own)
+        def places(items: Ints) -> Ints:
+            return np.where(items >= 0, scorer.catalogue.places(np.maximum(items, 0)), -1)
+
+        return judged(self._log, rows, self._options, (lists.places, lists.scores.astype(np.float64)), places)
+
+
+def judged(
+    log: StreamLog, rows: Ints, options: StreamOptions, lists: tuple[Ints, Floats], places: Callable[[Ints], Ints]
+) -> Ints:
+    """The rank [Q] of each row's item on its list, given items [Q, C] and scores [Q, C], without what was removed.
+
+    `places` says by which numbers the lists name the log's items; -1 stays -1. An item without one is on no list.
+    """
+    named, scores = lists
+    target = places(log.items[rows])
+    if not options.remove_seen:
+        return ranks(named, scores, target)
+    found = np.zeros(len(rows), np.int64)
+    order = np.argsort(log.support_sizes(rows), kind="stable")  # those with long histories apart from the others
+    longest = np.maximum(log.support_sizes(rows)[order], 1)
+    first = 0
+    while first < len(order):
+        # Histories are in order of length: as many as fit, padded to the last of them.
+        fits = longest[first:] * np.arange(1, len(order) - first + 1) <= _SEEN_AT_ONCE
+        some = order[first : first + max(1, int(fits.sum()))]
+        own = seen(log, rows[some], options)
+        found[some] = ranks(named[some], scores[some], target[some], None if own is None else places(own))
+        first += len(some)
+    return found
 
 
 def list_length(options: StreamOptions) -> int:
     """How long a list must be so that enough is left when what the user has seen is removed."""
-    return max(*options.hits, *options.reciprocal) + (2 * options.capacity if options.remove_seen else 0)
+    longest = max(*options.hits, *options.reciprocal)
+    return max(WIDTH, longest + 2 * options.capacity) if options.remove_seen else longest
 
 
 def _wide(support: Ints, capacity: int) -> Ints:
@@ -151,5 +193,5 @@ def seen(log: StreamLog, rows: Ints, options: StreamOptions) -> Ints | None:
     """The items [Q, H] that are removed from the lists for `rows`, -1 for none; None if nothing is."""
     if not options.remove_seen:
         return None
-    before, there = log.before(rows, _SEEN)
+    before, there = log.before(rows, max(1, int(log.support_sizes(rows).max(initial=0))))
     return np.where(there, log.items[before], -1)

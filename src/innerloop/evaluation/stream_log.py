@@ -20,13 +20,18 @@ class EventTable:
 
 
 def read_table(path: Path, *, history: Path | None = None) -> EventTable:
-    """Read a file or a folder of events, behind those of `history` that are earlier. Raises SettingsError if empty."""
+    """Read a file or a folder of events, behind those of `history` that are earlier.
+
+    Raises SettingsError if there are none, of either.
+    """
     table = _table(path)
     if table.is_empty():
         raise SettingsError(f"{path} has no events: name a file or a folder with some.")
     if history is None:
         return EventTable(table, 0)
     before = _table(history).filter(pl.col("event_time") < table["event_time"][0])
+    if before.is_empty():
+        raise SettingsError(f"{history} has no event before the first of {path}: name earlier events, or none.")
     return EventTable(pl.concat([before, table], how="diagonal_relaxed"), before.height)
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from innerloop.errors import SettingsError
 from innerloop.events import CODES
 
+MOST_CUTOFF = 100
+"""Lists are 256 long, so that so many are left when what the user has seen is removed."""
+
 
 @dataclass(frozen=True)
 class StreamOptions:
@@ -16,12 +19,14 @@ class StreamOptions:
     remove_seen: bool = False
     """Remove what the user has had an event with, and don't ask for it."""
     within_session: bool = False
-    """Ask only when the user's event before is of the same session."""
+    """Ask only when the user's event before is of the same session; of the same visit, where the data has none."""
     every: int = 1
     """Ask at every so-manieth of these moments."""
     warm_up: int | None = None
     """Events at the start that are only learned from; None: the first `warm_up_share`."""
     warm_up_share: float = 0.3
+    most_warm_up: float = 1.0
+    """Of data of which `warm_up` would be more than this share, it is the first `warm_up_share` instead."""
     hits: tuple[int, ...] = (20,)
     reciprocal: tuple[int, ...] = (20,)
     block_seconds: float = 30.0
@@ -36,7 +41,13 @@ class StreamOptions:
 
 PRESETS: Mapping[str, StreamOptions] = {
     "globo": StreamOptions(
-        remove_seen=True, within_session=True, every=5, warm_up=300_000, hits=(10, 20), reciprocal=(10,)
+        remove_seen=True,
+        within_session=True,
+        every=5,
+        warm_up=300_000,
+        most_warm_up=0.5,
+        hits=(10, 20),
+        reciprocal=(10,),
     ),
     "taobao": StreamOptions(targets=("click", "purchase")),
 }
@@ -45,13 +56,19 @@ PRESETS: Mapping[str, StreamOptions] = {
 def options_of(preset: str | None, **chosen: object) -> StreamOptions:
     """A preset's options, or the defaults, with those that were chosen (not None) in their place.
 
-    Raises SettingsError for a preset or an event type that doesn't exist.
+    A warm-up that was chosen holds whatever its share. Raises SettingsError for a preset or an event type that doesn't
+    exist, or a cut-off beyond what every arm's list has.
     """
     if preset is not None and preset not in PRESETS:
         raise SettingsError(f"There is no preset {preset}: choose one of {', '.join(PRESETS)}.")
     base = StreamOptions() if preset is None else PRESETS[preset]
+    if chosen.get("warm_up") is not None:
+        base = replace(base, most_warm_up=1.0)
     options = replace(base, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
     unknown = [name for name in options.targets if name not in CODES]
     if unknown:
         raise SettingsError(f"{unknown[0]} is no type of event to foresee: choose of {', '.join(CODES)}.")
+    longest = max(*options.hits, *options.reciprocal)
+    if longest > MOST_CUTOFF:
+        raise SettingsError(f"The cut-off {longest} is beyond the lists that are compared: give {MOST_CUTOFF} at most.")
     return options

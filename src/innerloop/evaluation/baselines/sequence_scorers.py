@@ -126,17 +126,34 @@ class Ease:
         return np.asarray(histories.matrix(self.forget) @ self.weights, dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class IalsSettings:
+    """What `implicit` calls so."""
+
+    regularization: float = 0.05
+    alpha: float = 40.0
+
+
 class Ials:
     """Implicit alternating least squares (Hu, Koren, Volinsky 2008) of the library `implicit`, histories folded in."""
 
-    def __init__(self, train: Sequences, *, dimension: int, seed: int, iterations: int = 15) -> None:
+    def __init__(
+        self,
+        train: Sequences,
+        *,
+        dimension: int,
+        seed: int,
+        settings: IalsSettings | None = None,
+        iterations: int = 15,
+    ) -> None:
         from implicit.cpu.als import AlternatingLeastSquares  # noqa: PLC0415 - loads slowly and only this arm needs it
 
+        chosen = settings or IalsSettings()
         with threadpoolctl.threadpool_limits(1, "blas"):  # the library asks for it
             self._model = AlternatingLeastSquares(
                 factors=dimension,
-                regularization=0.05,
-                alpha=40.0,
+                regularization=chosen.regularization,
+                alpha=chosen.alpha,
                 iterations=iterations,
                 random_state=seed,
                 num_threads=1,

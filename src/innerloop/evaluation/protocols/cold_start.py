@@ -161,12 +161,14 @@ def _facts(chosen: Chosen, seconds: Mapping[str, float]) -> dict[str, object]:
         "mae": "of the median: each arm's mean is turned into a level by a rule learned on held-out training users",
         "mae-of-mean": "of the mean itself, clipped to the scale",
         "ndcg": "of the ten by predicted mean, gain = rating; ndcg-exp: gain = 2^rating - 1; ties pessimistic",
-        "default": "the bayes head; where a user has ratings in meta_training, they are examples too",
+        "default": "the bayes head; where a user has ratings in meta_training, they are examples too. Its model of "
+        "ratings is this protocol's own: adapt takes clicks and purchases, and publishes no ratings",
         "placebo": "the bayes head with the examples of another user with about as many ratings",
         "left out": {
             "stale-1h, stale-1d": "ratings have no times",
             "ials": "learns from what was chosen, not from ratings: it has no opinion on which of ten rated is best",
-            "sequence baselines": "ratings have no order",
+            "popularity-1h, recents, covisits, vsknn, sasrec": "ratings have no times and no order",
+            "popularity-in-category": "only where the items have a column named category or genre",
             "item-knn": "only above 8,000 items: its similarities would not fit into memory",
         },
         "settings of the model": asdict(chosen.model),

@@ -11,7 +11,8 @@ the data on the clicks since the training part whose labels have matured. Arms:
     none               everybody's rates alone, weights fitted for just that
     placebo            another user's events
     stale-1h, -1d      the user's events as known an hour, a day earlier
-    global-rate, item-rate, logistic (online, hashed), streaming-counts (logistic regression on counts and rates)
+    global-rate, item-rate, category-rate, logistic (online, hashed), streaming-counts (logistic regression on counts
+                       and rates); calibrated like the others
 """
 
 from collections.abc import Mapping, Sequence
@@ -203,17 +204,26 @@ def _baselines(case: _Case) -> dict[str, Floats]:
     log, at = case.log, case.at
     counted = baselines.counts(log, log.clicks)
     prior = content_prior(log, case.cut - case.window)
-    return {
+    found = {
         "global-rate": overall_rate(log, at),
         "item-rate": baselines.item_rate(log, at, prior),
+        "category-rate": baselines.category_rate(log, at, prior),
         "streaming-counts": baselines.fit_and_predict(
             counted[case.train], case.labels[case.train], counted[case.asked]
         ),
         "logistic": baselines.online_logistic(log, at),
     }
+    if (log.categories < 0).all():
+        del found["category-rate"]
+    return {arm: _calibrated(case, _logit(predicted)) for arm, predicted in found.items()}
 
 
-_BASELINES = frozenset({"global-rate", "item-rate", "streaming-counts", "logistic"})
+def _logit(probabilities: Floats) -> Floats:
+    known = np.clip(probabilities, _LEAST, 1 - _LEAST)
+    return np.asarray(np.log(known / (1 - known)), np.float64)
+
+
+_BASELINES = frozenset({"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"})
 
 
 def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], own: Floats) -> Outcome:
@@ -235,6 +245,8 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
         release="fitted on the training part",
         facts={
             "default": "bayes",
+            "calibration": "every arm and baseline alike: Platt's scaling, again every day, on clicks that had matured",
+            "trained once, on the training part": "every arm; rates, counts and `logistic` go on click by click",
             "trained_on": len(case.train),
             "trained_on_sold": int(trained.sum()),
             "scored": len(labels),

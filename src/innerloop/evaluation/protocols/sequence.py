@@ -39,18 +39,21 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     course.learn()
     settings = LearningSettings(seed=seed, sequence_positions=course.options.positions)
     served = ServedSequences.learn(course.before, settings, lambda what, share: tell(what, 0.5 + 0.4 * share))
-    users = np.flatnonzero(sequences.lengths > 1)
+    able = np.flatnonzero(sequences.lengths > 1)
+    users = _some(able, course.options.users, seed)
     histories, targets = course.before.take(users), sequences.take(users).last()
     tell("test", 0.9)
     ranks = _served(served, course, histories, targets) | _ranks(course, histories, targets)
     course.facts |= {
         "users": len(users),
-        "users with one item, not tested": len(sequences) - len(users),
+        "users with one item, not tested": len(sequences) - len(able),
+        "users with more, drawn for the test": f"{len(users)} of {len(able)}",
         "items": sequences.catalogue,
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
         "sasrec": "the history encoder by itself",
+        "left out": {"stale-1h, stale-1d, popularity-1h, covisits-1h": "sequences have no clock"},
     }
     return Outcome(
         users=users,
@@ -93,6 +96,13 @@ def _arms(course: Course) -> dict[str, Scorer]:
     baselines = {name: scorer for name, scorer in course.scorers.items() if name in BASELINES}
     sasrec: dict[str, Scorer] = {"sasrec": course.encoded} if course.options.encoder == "attention" else {}
     return {**course.heads, **baselines, **sasrec}
+
+
+def _some(users: Ints, most: int, seed: int) -> Ints:
+    """At most so many of the users, drawn at random, in their order."""
+    if len(users) <= most:
+        return users
+    return np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
 
 
 def _other_users(count: int, seed: int) -> Ints:

@@ -18,13 +18,14 @@ from innerloop.evaluation.baselines.stream import NAMES as BASELINES
 from innerloop.evaluation.baselines.stream import baselines
 from innerloop.evaluation.metrics import hit_rate, reciprocal_rank
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
-from innerloop.evaluation.served import School, Served, seen
-from innerloop.evaluation.stream_arms import StreamArm, ranks
+from innerloop.evaluation.served import School, Served, judged
+from innerloop.evaluation.stream_arms import StreamArm
 from innerloop.evaluation.stream_log import read_table
 from innerloop.evaluation.stream_options import StreamOptions
 from innerloop.events import CODES
 from innerloop.learning.releases import Release
 from innerloop.learning.stream_log import StreamLog, stream_of
+from innerloop.trends import SAME_VISIT_MS
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def moments(log: StreamLog, options: StreamOptions, start: int) -> Ints:
     rows = np.arange(len(log))
     asked = np.isin(log.kinds, [CODES[name] for name in options.targets])
     if options.within_session:
-        before = log.by_user[np.maximum(log.earlier - 1, 0)]
-        asked &= (log.earlier > log.first) & (log.sessions[before] == log.sessions) & (log.sessions >= 0)
+        asked &= _same_session(log)
     if options.remove_seen:
         asked &= ~log.seen_before(rows)
     kept = rows[asked][options.every - 1 :: options.every]
@@ -55,6 +55,19 @@ def moments(log: StreamLog, options: StreamOptions, start: int) -> Ints:
     if not len(kept):
         raise SettingsError("No event of the data is asked for: choose other targets, or a shorter warm-up.")
     return kept
+
+
+def _same_session(log: StreamLog) -> Bools:
+    """Whether the user's event before is of the same session, [N]; of the same visit where no session is known."""
+    if not _has_sessions(log):
+        return log.within_visit(np.arange(len(log)))
+    before = log.by_user[np.maximum(log.earlier - 1, 0)]
+    same: Bools = (log.earlier > log.first) & (log.sessions[before] == log.sessions) & (log.sessions >= 0)
+    return same
+
+
+def _has_sessions(log: StreamLog) -> bool:
+    return bool((log.sessions >= 0).any())
 
 
 def run(
@@ -85,7 +98,12 @@ def run(
     for number, arm in enumerate(theirs):
         tell(arm.name, 0.6 + 0.3 * number / len(theirs))
         answers[arm.name] = _asked(arm, log, rows, options)
-    facts: dict[str, object] = {"trained_on": start, "trained_again": served.trained_again}
+    facts: dict[str, object] = {
+        "trained_on": release.card.data.events,
+        "trained_again": served.trained_again,
+        "warm_up": f"the {start} events of --history" if history is not None else start,
+        "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
+    }
     if live is not None:
         tell("through Kafka", 0.9)
         heard = live(log, rows, release, options)
@@ -96,8 +114,9 @@ def run(
 
 
 def _warm_up(log: StreamLog, options: StreamOptions) -> int:
-    least = round(len(log) * options.warm_up_share)
-    return least if options.warm_up is None or options.warm_up >= len(log) else options.warm_up
+    if options.warm_up is None or options.warm_up > options.most_warm_up * len(log):
+        return round(len(log) * options.warm_up_share)
+    return options.warm_up
 
 
 def _asked(arm: StreamArm, log: StreamLog, rows: Ints, options: StreamOptions) -> Ints:
@@ -108,7 +127,7 @@ def _asked(arm: StreamArm, log: StreamLog, rows: Ints, options: StreamOptions) -
         shown = upto
         support, _ = log.before(rows[some], options.capacity)
         items, scores = arm.candidates(rows[some], support)
-        found[some] = ranks(items, scores, log.items[rows[some]], seen(log, rows[some], options))
+        found[some] = judged(log, rows[some], options, (items, scores), lambda named: named)
     return found
 
 
@@ -126,11 +145,19 @@ def _outcome(
         users=log.users[rows],
         baselines=frozenset(BASELINES),
         means=means,
+        differences=(("through-kafka", "default"),),
         slices=_slices(log, rows, options),
         release=f"{release.version} ({release.card.method}, trained on {release.card.data.events} events)",
         facts={
             "options": asdict(options),
             "moments": len(rows),
+            "trained once, before the first moment": ["bayes, anil, cavia, maml and reptile alone", "sasrec"],
+            "trained again": {
+                "default, none, placebo, stale": f"every {options.train_every_hours:g} hours",
+                "ials": "every 6 hours",
+                "other baselines": "counted event by event",
+            },
+            "settings of baselines": "as published, not chosen on this data",
             "served": "default, none, placebo and stale lists are those published at the user's event before",
             "release": {"metrics": release.card.metrics, "settings": release.card.settings},
             **facts,
@@ -148,10 +175,11 @@ def _slices(log: StreamLog, rows: Ints, options: StreamOptions) -> dict[str, Boo
     sizes, days = log.support_sizes(rows), log.times[rows] // _DAY
     found = {"new to the user": ~log.seen_before(rows)}
     found |= {f"support {name}": (sizes >= low) & (sizes <= high) for name, (low, high) in _SIZES.items()}
+    found |= {_date(day): days == day for day in np.unique(days).tolist()}
     if len(options.targets) > 1:
         kinds = {target: log.kinds[rows] == CODES[target] for target in options.targets}
         found |= kinds | {f"{t}, {name}": of & some for t, of in kinds.items() for name, some in found.items()}
-    return found | {_date(day): days == day for day in np.unique(days).tolist()}
+    return found
 
 
 def _date(day: int) -> str:
