@@ -192,6 +192,26 @@ def test_adapt_s_lag_in_seconds_is_the_age_of_the_oldest_event_not_yet_scored(ma
             assert REGISTRY.get_sample_value("innerloop_lag_seconds", where) == pytest.approx(seconds, abs=10)
 
 
+@pytest.mark.usefixtures("kip_848")
+def test_lag_of_a_group_of_the_consumer_protocol_while_it_works_and_when_it_has_left(made: Settings) -> None:
+    settings = made.model_copy(update={"kafka": made.kafka.model_copy(update={"group_protocol": "consumer"})})
+    group, topic = settings.kafka.ingest_group, settings.topics.clicks
+    write(settings, topic, 0, [90, 60, 30])
+    with LagReader(settings) as reader:
+        with clients.consumer(settings.kafka, group) as member:
+            member.subscribe([topic])
+            until = time.monotonic() + 60
+            while (message := member.poll(1.0)) is None:
+                assert time.monotonic() < until
+            member.commit(message=message, asynchronous=False)
+            lag = by_partition(reader.read(group, [topic]))[topic, 0]
+            assert (lag.committed, lag.offsets) == (1, 2)
+            assert lag.seconds == pytest.approx(60, abs=20)
+            assert len(member.assignment()) == 4, "who looks takes nothing away"
+        lag = by_partition(reader.read(group, [topic]))[topic, 0]
+        assert (lag.committed, lag.offsets) == (1, 2)
+
+
 def test_a_second_look_is_cheap(made: Settings) -> None:
     group, topic = made.kafka.ingest_group, made.topics.clicks
     for partition in range(4):

@@ -2,11 +2,15 @@
 
 import itertools
 import os
+import pty
+import select
+import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from shell import Shell
+import pytest
+from shell import INNERLOOP, Shell
 
 from innerloop.config import Settings
 from innerloop.streams.event_producer import EventProducer
@@ -14,7 +18,7 @@ from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import LagReader, PartitionLag
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.kafka_jars import cache_folder, chosen_version, fetch_jar, maven, provide_jars
-from innerloop.worker.kafka_server import find_java
+from innerloop.worker.kafka_server import KafkaServer, find_java
 
 Wait = Callable[..., None]
 Partition = tuple[str, int]
@@ -84,3 +88,68 @@ def test_our_lag_is_what_kafka_s_own_tool_says_under_load(shell: Shell, settings
         ours = {place: (lag.committed, lag.end) for place, lag in by_partition(reader.read(group, clicks)).items()}
     theirs = described_by_kafka(settings)
     assert {place: theirs[place] for place in ours} == ours, "and at rest to the offset"
+
+
+class Terminal:
+    """A command on a terminal of its own, as a person sees it."""
+
+    def __init__(self, shell: Shell, *arguments: str) -> None:
+        self._end, inside = pty.openpty()
+        environment = {**shell.environment, "TERM": "xterm", "COLUMNS": "200", "LINES": "200"}
+        command = [str(INNERLOOP), *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=shell.folder, env=environment, stdin=inside, stdout=inside, stderr=inside
+        )
+        os.close(inside)
+        self.screen = ""
+
+    def shows(self, text: str) -> bool:
+        """Whether it has shown this since it began."""
+        while select.select([self._end], [], [], 0.0)[0]:
+            try:
+                self.screen += os.read(self._end, 65_536).decode(errors="replace")
+            except OSError:  # it has left
+                break
+        return text in self.screen
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+
+@pytest.fixture
+def watching(shell: Shell, settings: Settings) -> Iterator[Terminal]:
+    ensure_topics(settings)
+    terminal = Terminal(shell, "lag", "--watch")
+    yield terminal
+    terminal.close()
+
+
+def test_watch_shows_lag_again_and_again_until_ctrl_c_and_leaves_quietly(
+    watching: Terminal, settings: Settings, wait_for: Wait
+) -> None:
+    wait_for(lambda: watching.shows("ok: nothing waits."), 60)
+    producer = EventProducer(settings)
+    producer.send("u1", "click", EVENT.format(1, 1).encode())
+    producer.finish()
+    wait_for(lambda: watching.shows("stopped: 1 records wait, the oldest for"), 60)
+    watching.process.send_signal(signal.SIGINT)
+    assert watching.process.wait(30) in {0, 130}
+    for loud in ("Traceback", "Aborted", "innerloop: "):
+        assert not watching.shows(loud), watching.screen[-2_000:]
+
+
+def test_a_broker_that_never_had_a_group_is_told_of_too(bare_shell: Shell) -> None:
+    """Its first coordinator is only starting when it is asked: no reason to crash."""
+    kafka = KafkaServer(bare_shell.folder / "kafka", temporary=True, announce=lambda _line: None)
+    kafka.start()
+    try:
+        where = {"INNERLOOP_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers}
+        assert bare_shell.run("topics", **where).code == 0
+        shown = bare_shell.run("lag", **where)
+    finally:
+        kafka.stop()
+    assert shown.code == 0, (shown.code, shown.err)
+    assert shown.out.count("ok: nothing waits.") == 2

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from innerloop.config import Settings
@@ -72,6 +72,7 @@ class LagReader:
         self._counted_at = float("-inf")
         self._since: dict[Partition, tuple[int, float | None]] = {}  # offset asked for, since when it waits (epoch s)
         self._decode = msgspec.json.Decoder(AdaptationRequest).decode
+        self._of_groups: dict[str, Consumer] = {}
         self._consumer = clients.consumer(
             settings.kafka,
             "innerloop-lag",  # a name only: it neither joins nor commits
@@ -92,7 +93,8 @@ class LagReader:
         self.close()
 
     def close(self) -> None:
-        self._consumer.close()
+        for consumer in (self._consumer, *self._of_groups.values()):
+            consumer.close()
 
     def read(self, group: str, topics: Iterable[str]) -> list[PartitionLag]:
         """Give the lag of `group` over every partition of `topics`, in order.
@@ -113,14 +115,11 @@ class LagReader:
                 raise self._unanswered("no answer in time") from None
 
     def _read(self, group: str, partitions: list[Partition]) -> list[PartitionLag]:
-        # Asked for at once, answered at once. The end is asked for with the others, so a lag may be a few records old.
-        committing = self.admin.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(group, [TopicPartition(*each) for each in partitions])],
-            request_timeout=_ANSWER_SECONDS,
-        )
+        # Asked for at once. The end is asked for with the others, so a lag may be a few records old.
         starting = self._watermarks(partitions, _EARLIEST)
         ending = self._watermarks(partitions, _LATEST)
-        answer = _answer(committing[group]).topic_partitions
+        wanted = [TopicPartition(*each) for each in partitions]
+        answer = self._of_group(group).committed(wanted, timeout=_ANSWER_SECONDS)
         committed = {(each.topic, each.partition): each.offset for each in answer}
         starts = {each: _answer(future).offset for each, future in starting.items()}
         ends = {each: _answer(future).offset for each, future in ending.items()}
@@ -138,6 +137,19 @@ class LagReader:
             )
             for each in partitions
         ]
+
+    def _of_group(self, group: str) -> Consumer:
+        """A consumer that is asked what its group has committed; it never joins.
+
+        librdkafka 2.16 crashes the process when an admin client asks that while the coordinator starts or moves: only a
+        consumer has what the answer is handed to.
+        """
+        if group not in self._of_groups:
+            kafka = self._settings.kafka.model_copy(
+                update={"group_protocol": "classic"}
+            )  # no member, of either protocol
+            self._of_groups[group] = clients.consumer(kafka, group)
+        return self._of_groups[group]
 
     def _partitions(self, topics: list[str]) -> list[Partition]:
         stale = time.monotonic() - self._counted_at > _COUNTS_SECONDS
