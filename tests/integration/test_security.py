@@ -421,6 +421,7 @@ def names_of(commands: typer.Typer) -> list[str]:
     return [str(each.name or getattr(each.callback, "__name__", "")) for each in commands.registered_commands]
 
 
+@pytest.mark.timeout(400)
 def test_no_command_tells_a_secret(secured: Secured, shell: Shell) -> None:
     """Each with canaries for secrets, most detailed logs, librdkafka's own included, and a database that refuses."""
     (shell.folder / "events.csv").write_text("event_id,event_type,user_id,item_id,event_time\n1,click,u,i,1\n")
@@ -439,7 +440,7 @@ def test_no_command_tells_a_secret(secured: Secured, shell: Shell) -> None:
     done = {"config toml": config_from_a_file(shell, secrets, url)}
     for first in range(0, len(everything), 4):
         started = {each: shell.start(*each.split(), **more) for each in everything[first : first + 4]}
-        done |= {command: shell.finish(process) for command, process in started.items()}
+        done |= {command: shell.finish(process, 180) for command, process in started.items()}
     for command, result in done.items():
         assert "Traceback" not in result.err, (command, result.err)
         for canary in CANARIES:
