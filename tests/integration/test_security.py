@@ -478,7 +478,7 @@ def test_no_command_tells_a_secret(secured: Secured, shell: Shell) -> None:
     done = {"config toml": config_from_a_file(shell, secrets, url)}
     for first in range(0, len(everything), 4):
         started = {each: shell.start(*each.split(), **more) for each in everything[first : first + 4]}
-        done |= {command: shell.finish(process, 150.0) for command, process in started.items()}
+        done |= {command: shell.finish(process, 180) for command, process in started.items()}
     for command, result in done.items():
         assert "Traceback" not in result.err, (command, result.err)
         for canary in CANARIES:
