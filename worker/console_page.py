@@ -32,7 +32,7 @@ _BAD = {"stalled", "stopped"}
 _FIGURES = [f"{name}@{k}" for k in CUTOFFS for name in ("hit", "mrr")]
 # A shadow: the library takes the outline away with more force than any page has.
 _FOCUS = """
-:focus-visible, .q-field--focused .q-field__control { box-shadow: 0 0 0 3px #e69f00 !important; }
+:focus-visible:not(.q-field__native), .q-field--focused .q-field__control { box-shadow: 0 0 0 3px #e69f00 !important; }
 """
 
 
