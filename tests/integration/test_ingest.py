@@ -162,9 +162,10 @@ def query(settings: Settings, statement: str) -> list[Any]:
 
 def stored(settings: Settings) -> tuple[Sets, dict[str, int]]:
     """Sets and versions, by plain SQL."""
+    rows = query(settings, "SELECT * FROM support_sets")  # before the items, of which some may come meanwhile
     items = {row.item_no: row.item_id for row in query(settings, "SELECT * FROM items")}
     sets, versions = {}, {}
-    for row in query(settings, "SELECT * FROM support_sets"):
+    for row in rows:
         columns = (row.event_times, row.event_hashes, row.items, row.event_types, row.weights)
         sets[row.user_id] = [(t, h, items[i], k, w) for t, h, i, k, w in zip(*columns, strict=True)]
         versions[row.user_id] = row.version

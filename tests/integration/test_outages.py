@@ -186,7 +186,7 @@ def test_a_long_outage_of_postgres_costs_no_rebalance_no_memory_and_few_lines(
         back = time.monotonic()
         worker.waits_for(lambda: ledger(settings) != stood, "goes on")
         on_again = time.monotonic()
-        worker.waits_for(lambda: committed(settings) == ends(settings), "catches up")
+        worker.waits_for(lambda: _caught_up(settings), "catches up")
         assert after - before < (3 * limit << 10) + (16 << 20), "the queue and a batch of it, not the 60 MB that wait"
         assert on_again - back < RETURN_SECONDS
         _told_of_one_wait(worker, monkeypatch, AWAY_SECONDS, on_again - left)
@@ -262,14 +262,16 @@ def _flood(settings: Settings, count: int, *, kilobytes: int, users: int = 40) -
 # --- the broker
 
 
-def test_a_short_outage_of_the_broker_costs_no_rebalance(fragile: Settings, own: Services, tmp_path: Path) -> None:
+def test_a_short_outage_of_the_broker_costs_no_rebalance(
+    fragile: Settings, own: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert own.kafka
     events = events_of(400)
     send(fragile, events[:200])
     settings = with_properties(fragile, session_timeout_ms="30000", heartbeat_interval_ms="300")
     with Worker(settings, tmp_path / "log") as worker:
-        worker.waits_for(lambda: committed(fragile) == ends(fragile), "goes on")
-        stood = ledger(fragile)
+        worker.waits_for(lambda: _caught_up(fragile), "goes on")
+        stood, left = ledger(fragile), time.monotonic()
         own.kafka.stop()
         time.sleep(3.0)
         own.kafka.start()
@@ -279,7 +281,8 @@ def test_a_short_outage_of_the_broker_costs_no_rebalance(fragile: Settings, own:
         assert time.monotonic() - back < RETURN_SECONDS
         worker.waits_for(lambda: _caught_up(fragile), "catches up")
         assert [len(worker.said(each)) for each in ("assigned", "revoked", "lost")] == [1, 0, 0]
-        assert worker.text.count("FAIL ") <= 2, "librdkafka's own lines, dozens a second, are let through once"
+        most = 1 + len(lines_of_a_wait(monkeypatch, time.monotonic() - left))
+        assert worker.text.count("FAIL ") <= most, "librdkafka's own lines, dozens a second, are let through as ours"
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(STOP_SECONDS) == 0
     check(fragile, events)
@@ -301,7 +304,7 @@ def test_an_outage_of_the_broker_longer_than_the_session_is_waited_out(
     events = events_of(400)
     send(fragile, events[:200])
     with Worker(settings, tmp_path / "log") as worker:
-        worker.waits_for(lambda: committed(fragile) == ends(fragile), "goes on")
+        worker.waits_for(lambda: _caught_up(fragile), "goes on")
         before, stood = worker.memory, ledger(fragile)
         own.kafka.stop()
         time.sleep(max(AWAY_SECONDS, 2 * SESSION_SECONDS))
