@@ -249,6 +249,24 @@ def test_a_release_is_of_earlier_events_whatever_the_clock_resolves(events: pl.D
         assert learned.tolist() == log.times[log.times < log.times[start]].tolist()
 
 
+@pytest.mark.usefixtures("_no_others")
+def test_of_a_history_only_what_is_earlier_than_the_data_is_learned_from(events: pl.DataFrame, tmp_path: Path) -> None:
+    """A history that goes on into what is asked for changes nothing."""
+    cut, options = 1_200, replace(OPTIONS, every=4)
+    data = _write(tmp_path, events.slice(cut))
+    found = []
+    for name, past in (("whole", events), ("earlier", events.head(cut))):
+        past.write_parquet(tmp_path / f"{name}.parquet")
+        found.append(run(data, options, history=tmp_path / f"{name}.parquet", tell=_quiet))
+    for arm, metrics in found[0].means.items():
+        for metric, values in metrics.items():
+            assert values.tolist() == found[1].means[arm][metric].tolist(), arm
+    first = events["event_time"][cut]
+    assert [one.facts["trained_on"] for one in found] == [(events["event_time"] < first).sum()] * 2
+    with pytest.raises(SettingsError, match="no event before the first"):
+        run(data, options, history=data, tell=_quiet)
+
+
 # --- through Kafka
 
 
