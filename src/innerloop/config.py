@@ -147,6 +147,12 @@ class LearningSettings(_Section):
     """Teach it further by episodes through a head of its own, and keep that where what is held out gains by it."""
     sequence_positions: Positive = 1_500_000
     """Most events, over all epochs, that it learns from: about 20 seconds a million on one core."""
+    attribution_hours: Annotated[float, Field(ge=0.001, le=8760)] = 24.0
+    """A purchase belongs to a click of its item at most so long before. A release keeps what it was learned with: a
+    change counts from the next training on. `innerloop quality` goes on to judge ads by 24 hours."""
+    click_hours: Annotated[float, Field(ge=0.001, le=8760)] = 1.0
+    """A click belongs to an impression of its item at most so long before; one without a click is a negative then. As
+    above, from the next training on."""
     releases_dir: Path = Path("releases")
     """Where `innerloop train` writes releases and `innerloop adapt` reads them."""
 

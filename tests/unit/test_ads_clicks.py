@@ -376,7 +376,35 @@ def test_without_purchases_or_clicks_of_impressions_there_is_no_click_head(
     assert _taught(release, unrelated) == (None, {})
 
 
-def _taught(release: Release, events: pl.DataFrame) -> tuple[ClickModel | None, dict[str, float]]:
+def test_a_click_window_counts_in_learning_and_in_serving(
+    release: Release, known: pl.DataFrame, states: tuple[SupportSets, SupportSets]
+) -> None:
+    assert _taught(release, known, click_window=_CLICKED_AFTER - 1) == (None, {})  # none of the clicks belongs
+    wide, _ = _taught(release, known, click_window=5 * HOUR)
+    assert wide is not None
+    assert wide.window == 5 * HOUR
+    assert ClickModel.restore(wide.state()).window == 5 * HOUR
+    assert release.ads is not None
+    assert release.ads.clicks is not None
+    assert release.ads.clicks.window == CLICK_WINDOW
+    assert ClickModel.restore({k: v for k, v in wide.state().items() if k != "window"}).window == CLICK_WINDOW
+    narrow = replace(release, ads=replace(release.ads, clicks=replace(release.ads.clicks, window=1)))
+    first, second = (_chances(each, *states)[0] for each in (release, narrow))
+    assert float(second.mean()) < float(first.mean())  # served by the narrow one, nothing shown was ever clicked
+
+
+def test_settings_name_both_windows(known: pl.DataFrame) -> None:
+    settings = LearningSettings(dimension=8, method="none", attribution_hours=30.0, click_hours=2.0)
+    ads = train(known, settings=settings, weights={}, capacity=32, version=1).ads
+    assert ads is not None
+    assert ads.clicks is not None
+    assert (ads.window, ads.clicks.window) == (30 * HOUR, 2 * HOUR)
+
+
+def _taught(
+    release: Release, events: pl.DataFrame, *, click_window: int = CLICK_WINDOW
+) -> tuple[ClickModel | None, dict[str, float]]:
     kind = pl.col("event_type")
     history, shown = events.filter(kind != "impression"), events.filter(kind == "impression")
-    return learn_clicks(history, shown, release.encoder, capacities=(32, 32), seed=0)
+    windows = DAY, click_window
+    return learn_clicks(history, shown, release.encoder, capacities=(32, 32), seed=0, windows=windows)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from innerloop.learning.ads.ad_head import COLUMNS, POPULATION, VARIANCES, AdHead, Ads, choose_variance
+from innerloop.learning.ads.ad_head import COLUMNS, INTENT, POPULATION, SHARES, VARIANCES, AdHead, Ads, choose_variance
 from innerloop.learning.ads.attribution import HOUR, NEVER
 from innerloop.learning.ads.committee import train
 from innerloop.learning.ads.pairs import NAMES, Past, describe
@@ -113,7 +113,8 @@ def head() -> AdHead:
 
 def _asked(tasks: int = 4) -> tuple[torch.Tensor, Ads, torch.Tensor, torch.Tensor]:
     items = torch.arange(3).expand(tasks, 3)
-    population = torch.zeros(tasks, 10, len(POPULATION)), torch.zeros(tasks, 3, len(POPULATION))
+    width = len(POPULATION) + len(INTENT)
+    population = torch.zeros(tasks, 10, width), torch.zeros(tasks, 3, width)
     return population[0], Ads(items, items % 2), population[1], torch.full((tasks,), _START + 50 * HOUR)
 
 
@@ -161,6 +162,14 @@ def test_a_head_restored_from_its_state_answers_the_same(head: AdHead) -> None:
     past, (support, ads, population, now) = _past(8), _asked()
     first, second = (one.probabilities(past, support, ads, population, now, 0.05) for one in (head, again))
     assert torch.equal(first, second)
+
+
+def test_the_linear_logits_share_is_what_foretold_best() -> None:
+    """Few clicks of a linear law leave the committee nothing to find; a law with a bend is the committee's."""
+    columns, labels = _examples(600)
+    assert AdHead.fit(columns, labels).linear_share > SHARES[0]
+    bent = ((columns[:, 0].abs() > 0.7) ^ (torch.arange(600) % 10 == 0)).float()
+    assert AdHead.fit(columns.repeat(6, 1), bent.repeat(6)).linear_share == SHARES[0]
 
 
 def test_the_same_seed_learns_the_same() -> None:

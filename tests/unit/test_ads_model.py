@@ -11,7 +11,7 @@ import torch
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.learning import scorer as module
-from innerloop.learning.ads.ad_head import POPULATION, VARIANCES, Ads
+from innerloop.learning.ads.ad_head import INTENT, POPULATION, VARIANCES, AdHead, Ads
 from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.attribution import DAY, HOUR, NEVER
 from innerloop.learning.ads.click_log import Histories, adapted, own_columns, rows_of
@@ -244,6 +244,22 @@ def test_a_release_read_back_serves_the_same(release: Release, tmp_path: Path) -
     assert _chances(_scorer(again), sets) == _chances(_scorer(release), sets)
 
 
+def test_a_release_from_before_there_were_rates_of_intent_is_read(release: Release, tmp_path: Path) -> None:
+    """It had half of both logits and six columns of an item; what it lacks counts as nothing."""
+    assert release.ads is not None
+    widened = ("items", "categories", *(f"head.{name}" for name in AdHead.BY_COLUMN))
+    state = release.ads.state()
+    old = {name: tensor[..., : -len(INTENT)] if name in widened else tensor for name, tensor in state.items()}
+    del old["head.linear_share"]
+    zero = {name: torch.zeros_like(state[name][..., -len(INTENT) :]) for name in widened}
+    same = state | {name: torch.cat([old[name], zero[name]], -1) for name in widened}
+    same["head.linear_share"] = torch.tensor([0.5])
+    sets = _set([(START + n * HOUR, n, _CLICK) for n in range(6)])
+    restored = (replace(release, ads=AdModel.restore(of)) for of in (old, same))
+    first, second = (load(save(each, tmp_path)) for each in restored)
+    assert _chances(_scorer(first), sets) == _chances(_scorer(second), sets)
+
+
 def test_a_release_without_an_ad_model_ranks_ads(release: Release, tmp_path: Path) -> None:
     again = load(save(replace(release, ads=None), tmp_path))
     assert again.ads is None
@@ -261,6 +277,7 @@ def test_a_release_without_an_ad_model_ranks_ads(release: Release, tmp_path: Pat
         (lambda _: {"rate": 1.5}, "conversion rate"),
         (lambda m: {"head": replace(m.head, weights=m.head.weights[1:])}, "weights"),
         (lambda m: {"head": replace(m.head, own_columns=m.head.own_columns + 99)}, "own columns"),
+        (lambda m: {"head": replace(m.head, linear_share=1.5)}, "share of the linear logit"),
         (lambda m: {"head": replace(m.head, own_variances=0 * m.head.own_variances)}, "own variances"),
         (
             lambda m: {"head": replace(m.head, committee=replace(m.head.committee, out=m.head.committee.out[:, 1:]))},
@@ -300,11 +317,28 @@ def test_without_categories_it_learns_too() -> None:
     history = _history(1_500)
     found, figures = learn_ads(history, _encoder(history), capacity=16, seed=0)
     assert found is not None
-    assert found.categories.shape == (1, len(POPULATION))
+    assert found.categories.shape == (1, len(POPULATION) + len(INTENT))
     assert figures["ads_auc"] > 0.6
     again, _ = learn_ads(history, _encoder(history), capacity=16, seed=0)
     assert again is not None
     assert all(torch.equal(value, again.state()[name]) for name, value in found.state().items())
+
+
+def test_an_attribution_window_counts_in_learning_and_in_serving(release: Release, tmp_path: Path) -> None:
+    """Purchases come 20 minutes after their clicks: a quarter of an hour finds none of them, half an hour all."""
+    history = _whole().filter(pl.col("event_time") < START + 8 * DAY)
+    short, figures = learn_ads(history, release.encoder, capacity=32, seed=0, window=HOUR // 4)
+    assert (short, figures) == (None, {})
+    settings = LearningSettings(dimension=8, method="none", attribution_hours=0.5)
+    ads = train(history, settings=settings, weights={}, capacity=32, version=1).ads
+    assert ads is not None
+    assert release.ads is not None
+    assert (ads.window, release.ads.window) == (HOUR // 2, DAY)
+    again = load(save(replace(release, ads=replace(release.ads, window=HOUR // 2)), tmp_path))
+    clicks = [(START + n * HOUR, n % 3, _CLICK) for n in range(8)]
+    late = _set([*clicks, (START + 3 * HOUR - 60_000, 2, _PURCHASE)])  # almost an hour after its click
+    assert _chances(_scorer(again), _set(clicks)) != _chances(_scorer(again), late)  # the purchase itself is seen
+    assert _chances(_scorer(again), late) != _chances(_scorer(release), late)  # whether it was the click's is not
 
 
 def test_figures_are_those_of_a_loop() -> None:

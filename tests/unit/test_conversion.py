@@ -14,8 +14,9 @@ from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import auc, calibration_error
 from innerloop.evaluation.protocols import conversion
 from innerloop.evaluation.scoreboard import rows
-from innerloop.learning.ads.ad_head import OWN_CLICKS
+from innerloop.learning.ads.ad_head import INTENT, OWN_CLICKS
 from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, overall_rate, population
+from innerloop.learning.ads.pairs import KINDS
 
 _START, _HOUR, _DAY = 1_750_000_000_000, 3_600_000, 86_400_000
 
@@ -55,6 +56,7 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
     assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
+    assert "served" not in found.arms  # too few clicks for a release to have an ad model
     assert found.baselines == {"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
     assert found.labels.mean() > 0.05
@@ -109,6 +111,22 @@ def test_what_is_known_of_an_item_is_what_a_loop_over_strictly_earlier_events_fi
                 sold += bought
                 trials += bought or log.times[m] + _HOUR < now
         assert (found.trials[row], found.successes[row]) == (trials, sold)
+
+
+def test_what_is_done_per_click_is_what_a_loop_over_strictly_earlier_events_finds(file: Path) -> None:
+    log = read_log(file, window=_DAY)
+    at = log.clicks[::53]
+    found = population(log, at, content_prior(log, _START + 4 * _DAY)).columns[:, -len(INTENT) :]
+    for row, n in enumerate(at.tolist()):
+        before = log.times < log.times[n]
+        for scope, keys in (("category", log.categories), ("item", log.items)):
+            same = before & (keys == keys[n])
+            for kind in (1, 2, 3):
+                rate = (1 + (before & (log.kinds == kind)).sum()) / (1 + (before & (log.kinds == 0)).sum())
+                shrunk = ((same & (log.kinds == kind)).sum() + 20 * rate) / ((same & (log.kinds == 0)).sum() + 20)
+                expected = np.log(shrunk / rate) if (log.kinds == kind).any() else 0.0
+                name = f"{scope}: {KINDS[kind]}s per click"
+                assert found[row, INTENT.index(name)] == pytest.approx(expected, abs=1e-9)
 
 
 def test_histories_are_the_newest_strictly_earlier_events(file: Path) -> None:

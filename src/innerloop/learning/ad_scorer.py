@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from innerloop.learning.ads.ad_head import Ads
+from innerloop.learning.ads.ad_head import POPULATION, Ads
 from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.impressions import shown_past
 from innerloop.learning.ads.pairs import Past, describe
@@ -89,18 +89,20 @@ class AdScorer:
         model, clicks, device = self._model, self._model.clicks, self._catalogue.device
         did, places = self._past(sets)
         shown_places = self._catalogue.places(shown.examples["item"])
-        seen = shown_past(shown, shown_places, self._categories(shown_places), sets, places, device)
+        categories, window = self._categories(shown_places), clicks.window
+        seen = shown_past(shown, shown_places, categories, sets, places, device, window=window)
         rates = [torch.tensor(rate, dtype=torch.float32, device=device) for rate in (model.rate, clicks.rate)]
 
         def columns(items: Tensor, categories: Tensor, times: Tensor) -> Tensor:
             rows = self._rows_at(items)
             of_events = describe(did, items, categories, times, rates[0].expand(items.shape))
-            of_impressions = describe(seen, items, categories, times, rates[1].expand(items.shape))
+            shares = rates[1].expand(items.shape)
+            of_impressions = describe(seen, items, categories, times, shares, wait=window)
             everybody = model.population(rows, categories), model.shown_population(rows, categories)
-            return torch.cat([of_events, everybody[0], of_impressions, everybody[1]], -1)
+            return torch.cat([of_events, everybody[0][..., : len(POPULATION)], of_impressions, everybody[1]], -1)
 
         now = self._tensor(sets.newest + 1)  # as of the newest event: later impressions count from the next on
-        click, purchase = clicks.head.probabilities(columns, seen, self._asked(among), now)
+        click, purchase = clicks.head.probabilities(columns, seen, self._asked(among), now, wait=window)
         return click.clamp(_LEAST, 1.0 - _LEAST), purchase.clamp(_LEAST, 1.0 - _LEAST)
 
     def probabilities(self, sets: SupportSets, among: Tensor) -> Tensor:
@@ -120,7 +122,8 @@ class AdScorer:
     def _past(self, sets: SupportSets) -> tuple[Past, Ints]:
         """The tasks' events, and where their items are."""
         places = self._catalogue.places(sets.examples["item"])
-        return past_of(sets, places, self._categories(places), device=self._catalogue.device), places
+        categories, window = self._categories(places), self._model.window
+        return past_of(sets, places, categories, window=window, device=self._catalogue.device), places
 
     def _asked(self, among: Tensor) -> Ads:
         places = np.array(self._catalogue.ad_places, np.int64)[among.numpy()]

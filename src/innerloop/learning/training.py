@@ -27,6 +27,7 @@ from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.events import IMPRESSION
+from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.click_teaching import learn_clicks
 from innerloop.learning.ads.teaching import learn_ads
 from innerloop.learning.candidates import PLAIN
@@ -72,6 +73,10 @@ class Settings(Protocol):
     def sequence_episodes(self) -> bool: ...
     @property
     def sequence_positions(self) -> int: ...
+    @property
+    def attribution_hours(self) -> float: ...
+    @property
+    def click_hours(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,11 @@ def train(
         ).encoder(recipe)
         transitions = Transitions.learn(log)
     tell("ads", 0.97)
-    ads, of_ads = learn_ads(history, encoder, capacity=capacity, seed=settings.seed)
+    windows = round(settings.attribution_hours * HOUR), round(settings.click_hours * HOUR)
+    ads, of_ads = learn_ads(history, encoder, capacity=capacity, seed=settings.seed, window=windows[0])
     if ads is not None:
         clicks, of_clicks = learn_clicks(
-            history, shown, encoder, capacities=(capacity, impressions), seed=settings.seed
+            history, shown, encoder, capacities=(capacity, impressions), seed=settings.seed, windows=windows
         )
         ads, of_ads = replace(ads, clicks=clicks), of_ads | of_clicks
     tell("done", 1.0)

@@ -8,6 +8,8 @@ the data on the clicks since the training part whose labels have matured. Arms:
     default, bayes     what the user's events say of the item, everybody's rates, and the user's own weights
     anil, cavia, maml, reptile   heads on what the user's own weights act on (`conversion_heads`)
     shared             the same with everybody's weights
+    served             as adapt publishes it (`conversion_served`): the rates and the calibration of the cut, and what
+                       was known when the user's event before came in
     none               everybody's rates alone, weights fitted for just that
     placebo            another user's events
     stale-1h, -1d      the user's events as known an hour, a day earlier
@@ -28,6 +30,7 @@ from innerloop.evaluation import conversion_baselines as baselines
 from innerloop.evaluation.conversion_heads import EPISODES, Clicks, teach
 from innerloop.evaluation.conversion_heads import logits as head_logits
 from innerloop.evaluation.conversion_log import read_log
+from innerloop.evaluation.conversion_served import served
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import log_loss, predicted_over_observed
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
@@ -81,6 +84,9 @@ def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_
     logits |= head_logits(clicks, fitted.head, heads, case.asked)
     predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
     predictions["bayes"] = predictions["default"]
+    published = served(log, case.at, cut, window=window, seed=seed)
+    if published is not None:
+        predictions["served"] = np.clip(published, _LEAST, 1 - _LEAST)
     tell("baselines", 0.8)
     predictions |= _baselines(case)
     return _outcome(case, fitted, predictions, own)

@@ -5,28 +5,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from innerloop.learning.ads.ad_head import COLUMNS, POPULATION, AdHead
+from innerloop.learning.ads.ad_head import COLUMNS, INTENT, POPULATION, AdHead
+from innerloop.learning.ads.attribution import DAY
 from innerloop.learning.ads.click_model import ClickModel
 
 _HEAD, _CLICKS = "head.", "clicks."
+_WIDTH = len(POPULATION) + len(INTENT)
 
 
 @dataclass(frozen=True)
 class AdModel:
     """Purchase given click for N items in C categories, those of a release's encoder.
 
-    The columns of `items` and `categories` are ad_head.POPULATION. A category's row is what an item in it is given
-    that nobody had met; the last row is for items without a category, or with a new one.
+    The columns of `items` and `categories` are ad_head.POPULATION and INTENT. A category's row is what an item in it is
+    given that nobody had met; the last row is for items without a category, or with a new one.
     """
 
     head: AdHead
-    items: Tensor  # [N, 6] float32
-    categories: Tensor  # [C + 1, 6] float32
+    items: Tensor  # [N, 12] float32
+    categories: Tensor  # [C + 1, 12] float32
     rate: float
     """Everybody's conversion rate."""
     clicks: ClickModel | None = None
     """Where the history had impressions enough: then a list of ads is by click and purchase."""
+    window: int = DAY
+    """Milliseconds after a click in which a purchase belongs to it: what was learned with is served with."""
 
     def to(self, device: torch.device) -> "AdModel":
         """The same on a device."""
@@ -34,7 +39,7 @@ class AdModel:
         return AdModel.restore(state)
 
     def population(self, rows: Tensor, categories: Tensor) -> Tensor:
-        """Columns [.., 6] of items by their row in the release, -1 for none, and their category's, -1 for none."""
+        """Columns [.., 12] of items by their row in the release, -1 for none, and their category's, -1 for none."""
         return _looked_up(self.items, self.categories, rows, categories)
 
     def shown_population(self, rows: Tensor, categories: Tensor) -> Tensor:
@@ -46,25 +51,33 @@ class AdModel:
         """Everything, by name."""
         numbers = {"items": self.items, "categories": self.categories}
         numbers["rate"] = torch.tensor([self.rate], dtype=torch.float64)
+        numbers["window"] = torch.tensor([self.window])
         clicks = {} if self.clicks is None else self.clicks.state()
         numbers |= {f"{_CLICKS}{name}": tensor for name, tensor in clicks.items()}
         return {f"{_HEAD}{name}": tensor for name, tensor in self.head.state().items()} | numbers
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> "AdModel":
-        """Raises KeyError when something is missing, ValueError or TypeError when a number is none."""
+        """Raises KeyError when something is missing, ValueError or TypeError when a number is none.
+
+        The first releases knew no INTENT, in whose place zeros change nothing, and no window but a day.
+        """
+        if state["items"].shape[-1] == len(POPULATION):
+            widened = ("items", "categories", *(f"{_HEAD}{name}" for name in AdHead.BY_COLUMN))
+            state = state | {name: pad(state[name], (0, len(INTENT))) for name in widened}
         head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
         of_clicks = {name.removeprefix(_CLICKS): tensor for name, tensor in state.items() if name.startswith(_CLICKS)}
         (rate,) = state["rate"].tolist()
         clicks = ClickModel.restore(of_clicks) if of_clicks else None
-        return cls(AdHead.restore(head), state["items"], state["categories"], float(rate), clicks)
+        window = int(state.get("window", torch.tensor([DAY])))
+        return cls(AdHead.restore(head), state["items"], state["categories"], float(rate), clicks, window)
 
     def faults(self, items: int, categories: int) -> Iterator[str]:
         """What does not fit a release of so many items and categories, or is no number."""
         features, own = 1 + len(COLUMNS), len(self.head.own_variances)
         expected = {
-            "population of items": (self.items, (items, len(POPULATION))),
-            "population of categories": (self.categories, (categories + 1, len(POPULATION))),
+            "population of items": (self.items, (items, _WIDTH)),
+            "population of categories": (self.categories, (categories + 1, _WIDTH)),
             "centre": (self.head.centre, (len(COLUMNS),)),
             "scale": (self.head.scale, (len(COLUMNS),)),
             "weights": (self.head.weights, (features,)),
@@ -83,8 +96,12 @@ class AdModel:
         for what, (tensor, shape) in expected.items():
             if tensor is not None and (tuple(tensor.shape) != shape or not bool(tensor.isfinite().all())):
                 yield f"{what} not finite of shape {shape}"
+        if not 0.0 <= self.head.linear_share <= 1.0:
+            yield "a share of the linear logit that is not from 0 to 1"
         if not 0.0 < self.rate < 1.0:
             yield "a conversion rate that is not between 0 and 1"
+        if self.window <= 0:
+            yield "an attribution window that is not positive"
         if bool(((self.head.own_columns < 1) | (self.head.own_columns >= features)).any()):
             yield "own columns that are no columns"
         if not bool((self.head.own_variances > 0).all()):
@@ -94,7 +111,7 @@ class AdModel:
 
 
 def _looked_up(items: Tensor, categories: Tensor, rows: Tensor, of_rows: Tensor) -> Tensor:
-    """Rows of `items` [N, 6], or where there is none (-1, or beyond) the row of the item's category [C + 1, 6]."""
+    """Rows of `items` [N, P], or where there is none (-1, or beyond) the row of the item's category [C + 1, P]."""
     known = (of_rows >= 0) & (of_rows < len(categories) - 1)
     unmet = categories[torch.where(known, of_rows, len(categories) - 1)]
     met = (rows >= 0) & (rows < len(items))

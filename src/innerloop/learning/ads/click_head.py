@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from innerloop.learning.ads.ad_head import COLUMNS, VARIANCES, Ads, design, newest_known
+from innerloop.learning.ads.ad_head import POPULATION, VARIANCES, Ads, design, newest_known
+from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.calibration import Platt
 from innerloop.learning.ads.entire_space import fit_click_and_purchase
 from innerloop.learning.ads.logistic import Normal, Tasks, map_estimate
-from innerloop.learning.ads.pairs import Past
+from innerloop.learning.ads.pairs import NAMES, Past
 
-COLUMNS_SHOWN: tuple[str, ...] = (*COLUMNS, *(f"impressions, {name}" for name in COLUMNS))
+_COLUMNS = (*NAMES, *POPULATION)
+COLUMNS_SHOWN: tuple[str, ...] = (*_COLUMNS, *(f"impressions, {name}" for name in _COLUMNS))
 """Columns of an impression: those of a click, then the same of impressions, which convert when they are clicked."""
 _OWN = ("category: clicks", "impressions, user and category: conversion rate", "impressions, category: conversion rate")
 
@@ -80,14 +82,19 @@ class ClickHead:
         tasks = Tasks(features, labels.double(), weights.double())
         return map_estimate(tasks, Normal(self.own_mean, 1.0 / self.own_variances))[0]
 
-    def probabilities(self, describe: Describe, shown: Past, ads: Ads, now: Tensor) -> tuple[Tensor, Tensor]:
-        """Click, and purchase given click, of these ads if shown at `now` [T] (epoch ms), [T, A] each."""
+    def probabilities(
+        self, describe: Describe, shown: Past, ads: Ads, now: Tensor, *, wait: int = HOUR
+    ) -> tuple[Tensor, Tensor]:
+        """Click, and purchase given click, of these ads if shown at `now` [T] (epoch ms), [T, A] each.
+
+        An impression that nobody has clicked is known for one after the `wait` (ms).
+        """
         columns = describe(ads.items, ads.categories, now.unsqueeze(1).expand_as(ads.items))
         features = self.own_features(columns)
         bought = self.purchase_calibration(self.purchase_logits(columns))
         if float(self.own_variances.max()) <= VARIANCES[0]:  # nobody differs: there is nothing to adapt
             return self.click_calibration(features @ self.own_mean), bought
-        clicked, known, newest = newest_known(shown, now)
+        clicked, known, newest = newest_known(shown, now, wait=wait)
         items, categories, times = (of.gather(1, newest) for of in (shown.items, shown.categories, shown.times))
         own_features = self.own_features(describe(items, categories, times))
         own = self.adapt(own_features, clicked.gather(1, newest), known.gather(1, newest))

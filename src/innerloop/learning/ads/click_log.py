@@ -3,6 +3,7 @@
 Training and judging describe a click by the same functions, as of its own moment; serving asks as of the release's.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from innerloop.learning.ads.ad_head import OWN_CLICKS
 from innerloop.learning.ads.attribution import HOUR, NEVER, Attribution, counted_before
-from innerloop.learning.ads.pairs import NAMES, Past, describe
+from innerloop.learning.ads.pairs import KINDS, NAMES, Past, describe
 from innerloop.learning.ads.rates import ContentPrior
 
 Bools = NDArray[np.bool_]
@@ -22,6 +23,7 @@ Ints = NDArray[np.int64]
 
 CAPACITY = 64  # events of a user that are looked at, as of a support set
 _ROWS_AT_ONCE = 2048
+_INTENT_STRENGTH = 20.0  # clicks that everybody's rate is worth to an item or a category
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def known_before(log: ConversionLog, keys: Ints, asked: Ints, now: Ints, *, wait
 
 @dataclass(frozen=True)
 class Population:
-    """Of each of M moments: everybody's rate [M] and the columns ad_head.POPULATION [M, 6]."""
+    """Of each of M moments: everybody's rate [M] and the columns ad_head.POPULATION and INTENT [M, 12]."""
 
     rate: Floats
     columns: Floats
@@ -77,10 +79,10 @@ def overall_rate(log: ConversionLog, at: Ints) -> Floats:
     return rate_before(log, log.times[at])
 
 
-def rate_before(log: ConversionLog, now: Ints) -> Floats:
+def rate_before(log: ConversionLog, now: Ints, *, wait: int = HOUR) -> Floats:
     """Everybody's conversion rate strictly before each of `now` [M], epoch ms."""
     nobody = np.zeros(len(now), np.int64)
-    everybody = known_before(log, np.zeros(len(log.users), np.int64), nobody, now)
+    everybody = known_before(log, np.zeros(len(log.users), np.int64), nobody, now, wait=wait)
     return (everybody.successes + 1.0) / (everybody.trials + 30.0)
 
 
@@ -89,13 +91,16 @@ def population(log: ConversionLog, at: Ints, prior: ContentPrior) -> Population:
     return population_of(log, log.items[at], log.categories[at], log.times[at], prior)
 
 
-def population_of(log: ConversionLog, items: Ints, categories: Ints, now: Ints, prior: ContentPrior) -> Population:
+def population_of(
+    log: ConversionLog, items: Ints, categories: Ints, now: Ints, prior: ContentPrior, *, wait: int = HOUR
+) -> Population:
     """What is known of `items` in `categories`, both [M], by everybody's events strictly before `now` [M].
 
     An item of -1 is one that nobody has met: it has its category's rate.
     """
-    rate = rate_before(log, now)
-    category, item = known_before(log, log.categories, categories, now), known_before(log, log.items, items, now)
+    rate = rate_before(log, now, wait=wait)
+    category = known_before(log, log.categories, categories, now, wait=wait)
+    item = known_before(log, log.items, items, now, wait=wait)
     category_rate = np.where(categories < 0, rate, prior.category_rates(category.successes, category.trials, rate))
     item_rate = prior.item_rates(item.successes, item.trials, category_rate)
     clicks = log.clicks
@@ -110,8 +115,24 @@ def population_of(log: ConversionLog, items: Ints, categories: Ints, now: Ints, 
         np.log(item_rate / category_rate),
         clicked,
         np.log1p(item.trials),
+        *_intent(log, log.categories, categories, now),
+        *_intent(log, log.items, items, now),
     ]
     return Population(rate, np.stack(columns, 1))
+
+
+def _intent(log: ConversionLog, keys: Ints, asked: Ints, now: Ints) -> Iterator[Floats]:
+    """Of each kind of event but clicks: how many per click with key asked[m] strictly before now[m], [M] each.
+
+    The log of the rate over everybody's, to which it is shrunk: 0 where nothing is known, or the log lacks the kind.
+    """
+    of_kind = [np.flatnonzero(log.kinds == kind) for kind in range(len(KINDS))]
+    counts = [counted_before(keys[at], log.times[at], asked, now) for at in of_kind]
+    totals = [1.0 + np.searchsorted(log.times[at], now, "left") for at in of_kind]
+    for at, count, total in zip(of_kind[1:], counts[1:], totals[1:], strict=True):
+        rate = total / totals[0]
+        found = np.log((count / rate + _INTENT_STRENGTH) / (counts[0] + _INTENT_STRENGTH))
+        yield np.where((asked >= 0) & (len(at) > 0), found, 0.0)
 
 
 def content_prior(log: ConversionLog, before: int) -> ContentPrior:
@@ -175,7 +196,9 @@ def own_columns(log: ConversionLog, at: Ints, windows: Windows, rate: Floats, *,
     return own_columns_of(log, Asked(log.items[at], log.categories[at], log.times[at]), windows, rate, lag=lag)
 
 
-def own_columns_of(log: ConversionLog, asked: Asked, windows: Windows, rate: Floats, *, lag: int = 0) -> Floats:
+def own_columns_of(
+    log: ConversionLog, asked: Asked, windows: Windows, rate: Floats, *, lag: int = 0, wait: int = HOUR
+) -> Floats:
     """Columns pairs.NAMES [M, ..] of what is asked [M] after these windows of the log, as known `lag` ms before."""
     parts = []
     for first in range(0, len(asked.times), _ROWS_AT_ONCE):
@@ -191,7 +214,7 @@ def own_columns_of(log: ConversionLog, asked: Asked, windows: Windows, rate: Flo
         )
         now = [torch.from_numpy(v[rows])[:, None] for v in (asked.items, asked.categories, asked.times)]
         rates = torch.from_numpy(rate[rows]).float()[:, None]
-        parts.append(describe(past, now[0], now[1], now[2], rates, lag=lag)[:, 0].double().numpy())
+        parts.append(describe(past, now[0], now[1], now[2], rates, lag=lag, wait=wait)[:, 0].double().numpy())
     return np.concatenate(parts) if parts else np.zeros((0, len(NAMES)))
 
 
@@ -202,7 +225,14 @@ class Adaptable(Protocol):
 
 
 def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
-    log: ConversionLog, head: Adaptable, support: Tensor, rows: Ints, windows: Windows, asked: Tensor
+    log: ConversionLog,
+    head: Adaptable,
+    support: Tensor,
+    rows: Ints,
+    windows: Windows,
+    asked: Tensor,
+    *,
+    wait: int = HOUR,
 ) -> Floats:
     """Logits [M] by the weights that each window's clicks give, with the labels as known strictly before its end.
 
@@ -212,14 +242,15 @@ def adapted(  # noqa: PLR0917 - what is asked, by whom, after what
     parts = []
     for first in range(0, len(asked), _ROWS_AT_ONCE):
         some = slice(first, first + _ROWS_AT_ONCE)
-        numbers, *known = known_clicks(log, rows, Windows(windows.places[some], windows.mask[some], windows.ends[some]))
+        part = Windows(windows.places[some], windows.mask[some], windows.ends[some])
+        numbers, *known = known_clicks(log, rows, part, wait=wait)
         labels, weights = (torch.from_numpy(of) for of in known)
         theirs = head.adapt(support[torch.from_numpy(numbers)], labels, weights)
         parts.append((asked[some] * theirs).sum(1).numpy())
     return np.concatenate(parts)
 
 
-def known_clicks(log: ConversionLog, rows: Ints, windows: Windows) -> tuple[Ints, Bools, Bools]:
+def known_clicks(log: ConversionLog, rows: Ints, windows: Windows, *, wait: int = HOUR) -> tuple[Ints, Bools, Bools]:
     """The newest clicks of each window that have a label strictly before its end, [M, at most OWN_CLICKS] each.
 
     Which row of `rows` [N] each is (0 where there is none), whether it had converted, and which are there.
@@ -227,7 +258,7 @@ def known_clicks(log: ConversionLog, rows: Ints, windows: Windows) -> tuple[Ints
     places, when = windows.places, windows.ends[:, None]
     numbers = rows[places]
     positive = log.attribution.converted_at[places] < when
-    mask = windows.mask & (numbers >= 0) & (positive | (log.times[places] + HOUR < when))
+    mask = windows.mask & (numbers >= 0) & (positive | (log.times[places] + wait < when))
     order = np.argsort(~mask, axis=1, kind="stable")[:, :OWN_CLICKS]  # the newest that count
     numbers = np.maximum(np.take_along_axis(numbers, order, 1), 0)
     return numbers, np.take_along_axis(positive, order, 1), np.take_along_axis(mask, order, 1)

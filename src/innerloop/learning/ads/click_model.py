@@ -9,6 +9,7 @@ from torch import Tensor
 
 from innerloop.learning.ads.ad_head import POPULATION
 from innerloop.learning.ads.click_head import COLUMNS_SHOWN, ClickHead
+from innerloop.learning.ads.impressions import CLICK_WINDOW
 
 _HEAD = "head."
 
@@ -27,12 +28,15 @@ class ClickModel:
     only_shown: list[str]  # M items: never clicked, which says a lot of them
     rate: float
     """Everybody's click-through rate."""
+    window: int = CLICK_WINDOW
+    """Milliseconds after an impression in which a click belongs to it, and after which none is one."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything, by name."""
         names = torch.frombuffer(bytearray(msgspec.json.encode(self.only_shown)), dtype=torch.uint8)
         found = {"items": self.items, "categories": self.categories, "only_shown": names}
         found["rate"] = torch.tensor([self.rate], dtype=torch.float64)
+        found["window"] = torch.tensor([self.window])
         return {f"{_HEAD}{name}": tensor for name, tensor in self.head.state().items()} | found
 
     @classmethod
@@ -41,7 +45,8 @@ class ClickModel:
         head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
         names = msgspec.json.decode(state["only_shown"].cpu().numpy().tobytes(), type=list[str])
         (rate,) = state["rate"].tolist()
-        return cls(ClickHead.restore(head), state["items"], state["categories"], names, float(rate))
+        window = int(state.get("window", torch.tensor([CLICK_WINDOW])))  # the first releases knew no other
+        return cls(ClickHead.restore(head), state["items"], state["categories"], names, float(rate), window)
 
     def faults(self, items: int, categories: int) -> Iterator[str]:
         """What does not fit a release of so many items and categories, or is no number."""
@@ -62,6 +67,8 @@ class ClickModel:
                 yield f"{what} of its click head not finite of shape {shape}"
         if not 0.0 < self.rate < 1.0:
             yield "a click-through rate that is not between 0 and 1"
+        if self.window <= 0:
+            yield "a click window that is not positive"
         if bool(((self.head.own_columns < 1) | (self.head.own_columns >= features)).any()):
             yield "own columns of its click head that are no columns"
         if not bool((self.head.own_variances > 0).all()):

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from innerloop.events import CODES, IMPRESSION
-from innerloop.learning.ads.ad_head import VARIANCES
-from innerloop.learning.ads.attribution import DAY, NEVER, Attribution, attribute
+from innerloop.learning.ads.ad_head import POPULATION, VARIANCES
+from innerloop.learning.ads.attribution import DAY, HOUR, NEVER, Attribution, attribute
 from innerloop.learning.ads.calibration import Platt
 from innerloop.learning.ads.click_head import ClickHead
 from innerloop.learning.ads.click_log import (
@@ -56,6 +56,8 @@ class ShownLog:
     bought_at: Ints  # [N] of the impressions, epoch ms; NEVER
     only_shown: list[str]
     """Items that nobody did anything with; they are numbered behind those of the encoder."""
+    windows: tuple[int, int]
+    """In which a purchase belongs to a click, and a click to an impression (ms): also the waits for these labels."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class _Impressions:
         """Uncalibrated logits of some of them, each after what its user had been shown and done before."""
         shown, at, features = self.log.shown, self.places[some], head.own_features(self.columns)
         windows = self.histories.before(shown.users[at], shown.times[at])
-        return torch.from_numpy(adapted(shown, head, features, rows_of(shown, self.places), windows, features[some]))
+        rows, wait = rows_of(shown, self.places), self.log.windows[1]
+        return torch.from_numpy(adapted(shown, head, features, rows, windows, features[some], wait=wait))
 
     def enough(self, some: slice) -> bool:
         """Whether a part of them can be learned from or judged by."""
@@ -86,23 +89,30 @@ class _Impressions:
 
 
 def learn_clicks(
-    history: pl.DataFrame, impressions: pl.DataFrame, encoder: Encoder, *, capacities: tuple[int, int], seed: int
+    history: pl.DataFrame,
+    impressions: pl.DataFrame,
+    encoder: Encoder,
+    *,
+    capacities: tuple[int, int],
+    seed: int,
+    windows: tuple[int, int] = (DAY, CLICK_WINDOW),
 ) -> tuple[ClickModel | None, dict[str, float]]:
     """Learn from event tables in order of time, for the items and categories of the encoder, which knows the history's.
 
-    `capacities` are those of the support sets and of the impressions kept beside them. Also returns the figures on
+    `capacities` are those of the support sets and of the impressions kept beside them, `windows` those in which a
+    purchase belongs to a click and a click to an impression (ms). Also returns the figures on
     held-out impressions by name. (None, {}) when there are too few impressions, clicks on them, or purchases.
     """
     if impressions.is_empty():
         return None, {}
-    known = _final(shown_log(history, impressions, encoder), capacities, seed)
+    known = _final(shown_log(history, impressions, encoder, windows=windows), capacities, seed)
     count = len(known.places)
     if not known.enough(slice(None)):
         return None, {}
     times = known.log.shown.times[known.places]
     cut = round(count * (1.0 - _HELD_OUT))
     middle = cut + (count - cut) // 2
-    before = int(np.searchsorted(times, times[cut] - DAY - CLICK_WINDOW))
+    before = int(np.searchsorted(times, times[cut] - sum(windows)))
     if not all(known.enough(part) for part in (slice(0, before), slice(cut, middle), slice(middle, None))):
         return None, {}
     early = ClickHead.fit(known.columns[:before], known.clicked[:before], known.bought[:before])
@@ -119,7 +129,13 @@ def learn_clicks(
     return _model(known.log, head, encoder), figures
 
 
-def shown_log(history: pl.DataFrame, impressions: pl.DataFrame, encoder: Encoder) -> ShownLog:
+def shown_log(
+    history: pl.DataFrame,
+    impressions: pl.DataFrame,
+    encoder: Encoder,
+    *,
+    windows: tuple[int, int] = (DAY, CLICK_WINDOW),
+) -> ShownLog:
     """Number the events of both tables alike, and attribute clicks and purchases to impressions."""
     known = set(encoder.item_ids)
     only_shown = sorted(set(impressions["item_id"].cast(pl.String).to_list()) - known)
@@ -133,16 +149,18 @@ def shown_log(history: pl.DataFrame, impressions: pl.DataFrame, encoder: Encoder
     kinds = table["event_type"].replace_strict(codes, default=len(KINDS), return_dtype=pl.Int64).to_numpy()
     times = table["event_time"].to_numpy().astype(np.int64)
     seen, clicks, purchases = kinds == -1, kinds == 0, kinds == KINDS.index("purchase")
-    clicked = attribute_clicks(users, items, times, seen, clicks)
-    bought_at = attribute_purchases(users, items, clicked, purchases)
-    sold = attribute(users, items, times, clicks, purchases, window=DAY)
+    clicked = attribute_clicks(users, items, times, seen, clicks, window=windows[1])
+    bought_at = attribute_purchases(users, items, clicked, purchases, window=windows[0])
+    sold = attribute(users, items, times, clicks, purchases, window=windows[0])
 
     def part(rows: Ints, kinds: Ints, found: Attribution) -> ConversionLog:
         told = Attribution(times[rows], found.clicks[rows], found.converted_at[rows])
         return ConversionLog(users[rows], items[rows], of_item[items[rows]], kinds[rows], times[rows], told)
 
     did, shown = np.flatnonzero(~seen), np.flatnonzero(seen)
-    return ShownLog(part(did, kinds, sold), part(shown, np.zeros_like(kinds), clicked), bought_at[shown], only_shown)
+    return ShownLog(
+        part(did, kinds, sold), part(shown, np.zeros_like(kinds), clicked), bought_at[shown], only_shown, windows
+    )
 
 
 def _columns(table: pl.DataFrame) -> pl.DataFrame:
@@ -161,17 +179,18 @@ def _final(log: ShownLog, capacities: tuple[int, int], seed: int) -> _Impression
     """Those whose windows end within the log, of users drawn at random."""
     shown = log.shown
     end = max(int(part.times[-1]) for part in (log.did, shown))
-    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - DAY - CLICK_WINDOW), seed)
+    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - sum(log.windows)), seed)
     histories, exposures = Histories(log.did, capacities[0]), Histories(shown, max(1, capacities[1]))
     asked = Asked(shown.items[at], shown.categories[at], shown.times[at])
     held_out_from = int(asked.times[round(len(at) * (1.0 - _HELD_OUT))]) if len(at) else 0
     parts = []
-    for part, history in ((log.did, histories), (shown, exposures)):
+    for part, history, wait in ((log.did, histories, HOUR), (shown, exposures, log.windows[1])):
         # All that is learned here are the prior's two strengths: of the part before what is held out.
         prior = content_prior(part, held_out_from)
-        everybody = population_of(part, asked.items, asked.categories, asked.times, prior)
+        everybody = population_of(part, asked.items, asked.categories, asked.times, prior, wait=wait)
         windows = history.before(shown.users[at], asked.times)
-        parts += [own_columns_of(part, asked, windows, everybody.rate), everybody.columns]
+        own = own_columns_of(part, asked, windows, everybody.rate, wait=wait)
+        parts += [own, everybody.columns[:, : len(POPULATION)]]
     labels = [(when[at] < NEVER).astype(np.float64) for when in (shown.attribution.converted_at, log.bought_at)]
     clicked, bought = map(torch.from_numpy, labels)
     return _Impressions(log, at, torch.from_numpy(np.concatenate(parts, 1)), clicked, bought, exposures)
@@ -200,7 +219,8 @@ def _model(log: ShownLog, head: ClickHead, encoder: Encoder) -> ClickModel:
     prior = content_prior(shown, end)
 
     def known(asked: Ints, of: Ints) -> Tensor:
-        return torch.from_numpy(population_of(shown, asked, of, np.full(len(asked), end), prior).columns).float()
+        everybody = population_of(shown, asked, of, np.full(len(asked), end), prior, wait=log.windows[1])
+        return torch.from_numpy(everybody.columns[:, : len(POPULATION)]).float()
 
     rows = np.arange(len(encoder.item_ids) + len(log.only_shown))
     of_item = np.full(len(rows), -1)
@@ -212,7 +232,8 @@ def _model(log: ShownLog, head: ClickHead, encoder: Encoder) -> ClickModel:
         known(rows, of_item),
         known(np.full(len(numbers), -1), numbers),
         log.only_shown,
-        float(rate_before(shown, np.array([end]))[0]),
+        float(rate_before(shown, np.array([end]), wait=log.windows[1])[0]),
+        log.windows[1],
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-_MEMBERS, _HIDDEN = 8, 16
+_MEMBERS, _HIDDEN = 8, 8
 _BATCH, _RATE, _DECAY = 256, 3e-3, 1e-2
 
 

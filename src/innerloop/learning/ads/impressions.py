@@ -1,6 +1,7 @@
 """Which impression a click belongs to, and which of those were bought in the end.
 
-An impression is clicked when the same user clicks the same item after it within `CLICK_WINDOW`; a click belongs to the
+An impression is clicked when the same user clicks the same item after it within a window, `CLICK_WINDOW` unless a
+release was learned with another; a click belongs to the
 newest impression before it (last touch), so one click answers for one impression however often the item was shown. One
 without a click is taken for a negative once the window has passed, and never changes again. It is bought when its click
 is followed by a purchase within the attribution window of clicks, which may come much later and then relabels it.
@@ -19,13 +20,15 @@ CLICK_WINDOW = HOUR
 _CLICK = 1  # event type code as stored
 
 
-def attribute_clicks(users: Ints, items: Ints, times: Ints, impressions: Bools, clicks: Bools) -> Attribution:
+def attribute_clicks(
+    users: Ints, items: Ints, times: Ints, impressions: Bools, clicks: Bools, *, window: int = CLICK_WINDOW
+) -> Attribution:
     """When each impression was clicked; all arguments are [N], in any order, times in epoch ms.
 
     A click at the very time of an impression does not belong to it, so it may belong to the one before; one exactly
-    `CLICK_WINDOW` later does. Impressions of one item at one time share their click.
+    `window` (ms) later does. Impressions of one item at one time share their click.
     """
-    clicked = attribute(users, items, times, impressions, clicks, window=CLICK_WINDOW).converted_at
+    clicked = attribute(users, items, times, impressions, clicks, window=window).converted_at
     shown_again = attribute(users, items, times, impressions, impressions, window=NEVER).converted_at
     return Attribution(times, impressions, np.where(clicked <= shown_again, clicked, NEVER))
 
@@ -44,6 +47,8 @@ def shown_past(  # noqa: PLR0917 - impressions and events, each with where their
     did: SupportSets,
     did_items: Ints,
     device: torch.device | None = None,
+    *,
+    window: int = CLICK_WINDOW,
 ) -> Past:
     """The impressions of T tasks, padded, as `pairs.Past` has clicks: kind 0, converted when they were clicked.
 
@@ -59,6 +64,7 @@ def shown_past(  # noqa: PLR0917 - impressions and events, each with where their
         np.concatenate([shown.examples["time"], did.examples["time"]]).astype(np.int64),
         impressions,
         np.concatenate([np.zeros(len(tasks), bool), clicks]),
+        window=window,
     ).converted_at[: len(tasks)]
     return Past(
         items=pad(shown, np.where(items >= 0, items, -2 - np.arange(len(items))), -1, device),

@@ -61,19 +61,20 @@ class _Clicks:
 
 
 def learn_ads(
-    history: pl.DataFrame, encoder: Encoder, *, capacity: int, seed: int
+    history: pl.DataFrame, encoder: Encoder, *, capacity: int, seed: int, window: int = DAY
 ) -> tuple[AdModel | None, dict[str, float]]:
     """Learn from an event table in order of time, for the items and categories of the encoder, who knows them all.
 
-    `capacity` is that of the support sets. Also returns the figures on held-out clicks by name. (None, {}) when there
-    are too few clicks or purchases. The same history and seed give the same model on the same machine.
+    `capacity` is that of the support sets, `window` that of attribution (ms). Also returns the figures on held-out
+    clicks by name. (None, {}) when there are too few clicks or purchases. The same history and seed give the same model
+    on the same machine.
     """
-    log = log_of(history, encoder)
-    clicks = _final_clicks(log, min(capacity, CAPACITY), seed)
+    log = log_of(history, encoder, window=window)
+    clicks = _final_clicks(log, window, min(capacity, CAPACITY), seed)
     if clicks is None:
         return None, {}
     cut = round(len(clicks.labels) * (1.0 - _HELD_OUT))
-    before = int(np.searchsorted(log.times[clicks.places], log.times[clicks.places[cut]] - DAY))
+    before = int(np.searchsorted(log.times[clicks.places], log.times[clicks.places[cut]] - window))
     middle = cut + (len(clicks.labels) - cut) // 2
     parts = slice(0, before), slice(cut, middle), slice(middle, None)
     if not all(_enough(clicks.labels[part]) for part in parts):
@@ -88,10 +89,10 @@ def learn_ads(
         AdHead.fit(clicks.columns, clicks.labels, seed=seed).with_variance(variance),
         calibration=Platt.fit(logits, labels),
     )
-    return _model(log, head, encoder), figures
+    return replace(_model(log, head, encoder), window=window), figures
 
 
-def log_of(history: pl.DataFrame, encoder: Encoder) -> ConversionLog:
+def log_of(history: pl.DataFrame, encoder: Encoder, *, window: int = DAY) -> ConversionLog:
     """An item's category is the one it has in serving, its newest."""
     names = pl.Series(encoder.item_ids, dtype=pl.String)
     items = (
@@ -109,13 +110,13 @@ def log_of(history: pl.DataFrame, encoder: Encoder) -> ConversionLog:
         .to_numpy()
     )
     times = history["event_time"].to_numpy().astype(np.int64)
-    bought = attribute(users, items, times, kinds == 0, kinds == KINDS.index("purchase"), window=DAY)
+    bought = attribute(users, items, times, kinds == 0, kinds == KINDS.index("purchase"), window=window)
     return ConversionLog(users, items, encoder.item_categories.numpy()[items], kinds, times, bought)
 
 
-def _final_clicks(log: ConversionLog, capacity: int, seed: int) -> _Clicks | None:
+def _final_clicks(log: ConversionLog, window: int, capacity: int, seed: int) -> _Clicks | None:
     """Those whose window ends within the log, of users drawn at random; None when there are too few."""
-    at = _of_some_users(log, log.clicks[log.times[log.clicks] <= log.times[-1] - DAY], seed)
+    at = _of_some_users(log, log.clicks[log.times[log.clicks] <= log.times[-1] - window], seed)
     labels = torch.from_numpy((log.attribution.converted_at[at] < NEVER).astype(np.float64))
     if not _enough(labels):
         return None
