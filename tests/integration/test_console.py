@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 from confluent_kafka import TopicPartition
-from coordinators import await_coordinators
 from sqlalchemy import text
 
 from innerloop import metrics
@@ -33,7 +32,6 @@ HOUR = 3_600_000
 @pytest.fixture
 def engine(settings: Settings) -> Iterator[Database]:
     ensure_topics(settings)
-    await_coordinators(settings)
     made = connect(settings.database)
     yield made
     made.dispose()

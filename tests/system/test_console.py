@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from coordinators import await_coordinators
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from programs import program
 from shell import Shell
@@ -120,10 +119,9 @@ def console(loop: Loop) -> Iterator[str]:
 
 
 @pytest.fixture
-def idle_console(shell: Shell, settings: Settings, wait_for: Wait) -> Iterator[str]:
+def idle_console(shell: Shell, wait_for: Wait) -> Iterator[str]:
     """The same where nothing else runs."""
     assert shell.run("topics").code == 0
-    await_coordinators(settings)
     yield from serve(shell, ["127.0.0.1:1"], wait_for)
 
 
