@@ -10,6 +10,7 @@ from innerloop.evaluation import conversion_baselines as baselines
 from innerloop.evaluation import taught_heads
 from innerloop.evaluation.conversion_heads import Clicks
 from innerloop.evaluation.conversion_log import read_log
+from innerloop.evaluation.conversion_served import served
 from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import auc, calibration_error
 from innerloop.evaluation.protocols import conversion
@@ -97,6 +98,28 @@ def test_what_comes_later_changes_no_earlier_prediction(tmp_path: Path) -> None:
     for arm in set(results[0].arms) - {"placebo"}:  # whose strangers are drawn from all that are scored
         ours, theirs = (result.predictions[arm][:before] for result in results)
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=arm)
+
+
+def test_what_is_served_was_learned_before_the_cut_and_knows_nothing_of_later(tmp_path: Path) -> None:
+    """Its rates are those of the cut: what others do after it changes nothing, what the user does changes a lot."""
+    whole, cut = _events(clicks=2_500), _START + 5 * _DAY
+    user = 7
+    number = sorted(map(str, range(20))).index(str(user))  # all 20 users are there
+    alone = whole.filter((pl.col("ts_ms") < cut) | (pl.col("user_id") == user))
+    found = []
+    for name, table in (("a", whole), ("b", alone)):
+        table.write_parquet(tmp_path / f"{name}.parquet")
+        log = read_log(tmp_path / f"{name}.parquet", window=_DAY)
+        at = log.clicks[log.times[log.clicks] >= cut]
+        chances = served(log, at, cut, window=_DAY, seed=0)
+        assert chances is not None
+        assert ((chances > 0) & (chances < 1)).all()
+        sold = (log.attribution.converted_at[at] <= log.times[-1]).astype(float)
+        found.append(chances[log.users[at] == number])
+        if name == "a":
+            assert auc(sold, chances, np.ones(len(at))) > 0.65
+    assert len(found[0]) == len(found[1]) > 5
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
 
 
 def test_what_is_known_of_an_item_is_what_a_loop_over_strictly_earlier_events_finds(file: Path) -> None:
