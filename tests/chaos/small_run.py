@@ -57,6 +57,7 @@ class SmallRun:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
+        (self.folder / "workers.log").touch()  # the first worker takes a moment to write to it
         self.engine = connect(self.settings.database)
         prepare(self.settings, self.engine, self.folder, item_count=30)
 
