@@ -637,8 +637,9 @@ def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
             handle(batch)
             if not batches:
                 time.sleep(1.0)  # as much is fetched as ever will be
-                for n, event in enumerate(others):
-                    send(settings, [event], 1 + n % 3)
+                for number in range(1, 4):
+                    send(settings, others[number - 1 :: 3], number)
+                time.sleep(1.0)  # and those behind it
             batches.append(len(batch))
             left -= sum(partition != its for partition in batch.partitions)
             worked_off = batch.next_offsets.get(its, worked_off) if left else worked_off
