@@ -34,15 +34,19 @@ $bin/ruff check .
 $bin/ruff format --check .
 PYTHONPATH=.venv/tree $bin/lint-imports --no-logo
 echo "== known vulnerabilities"
+# Told, not judged: whether the tests pass must not depend on what was published overnight. audit.sh by itself fails.
 code=0
 found="$(deploy/audit.sh 2>&1)" || code=$?
 case "$code" in
 0) ;;
 3) echo "not checked: the advisory service cannot be asked from here" ;;
-*) echo "$found" && exit 1 ;;
+*) echo "$found" ;;
 esac
 echo "== types"
 $bin/mypy
 echo "== tests (how the console looks is left in ${SCREENSHOTS:=$PWD/build/screenshots})"
 export SCREENSHOTS
+# The tests share the cores with the servers they start, and torch's threads would spin for them: 71 s against 168 s of
+# processor time for the stream's tests on two cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 $bin/pytest --no-fold-skipped "$@"

@@ -165,10 +165,9 @@ class Storm:
         return wait_until(lambda: members_with_partitions(self._settings.kafka, group) == count, _SCALED_SECONDS)
 
     def _new_release(self) -> str:
-        """A newer release, which each worker takes up when it next looks; until all have, nothing else breaks."""
+        """A newer release, which each worker takes up when it next looks."""
         self._version += 1
         self._release(self._version)
-        time.sleep(3 * self._settings.adapt.refresh_seconds)
         return f"version {self._version}"
 
     # --- services
