@@ -710,12 +710,12 @@ def test_a_worker_that_computes_past_its_time_is_answered(world: World, monkeypa
     asleep, awake, original = threading.Event(), threading.Event(), Adapt._publish
     zombies: list[threading.Thread] = []
 
-    def sleepy(self: Adapt, *args: Any, **named: Any) -> None:
+    def sleepy(self: Adapt, *args: Any, **named: Any) -> int:
         if threading.current_thread() in zombies:
             asleep.set()
             assert awake.wait(60)
             zombies.clear()
-        original(self, *args, **named)
+        return original(self, *args, **named)
 
     monkeypatch.setattr(Adapt, "_publish", sleepy)
     with running(settings) as zombie:
