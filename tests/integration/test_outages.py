@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -627,7 +628,8 @@ def test_a_bot_costs_one_request_a_batch_and_nobody_waits_for_its_end(
     """What is fetched ahead stands in one queue: a flood must not fill it before everybody else's records."""
     settings, flood = with_ingest(small, batch_size=1_000, cached_users=2_000), 60_000
     others = [{**event, "user_id": f"other{n}"} for n, event in enumerate(events_of(200, kinds=("click",)))]
-    send(settings, [{**others[0], "event_id": f"bot{n}", "user_id": "bot"} for n in range(flood)], 0)
+    # Identifiers as shops make them: an answer to a fetch is as large as its bytes are, compressed.
+    send(settings, [{**others[0], "event_id": str(uuid.uuid4()), "user_id": "bot"} for _ in range(flood)], 0)
     its, batches, worked_off, left = (settings.topics.clicks, 0), list[int](), 0, len(others)
     with Member(settings) as member:
         handle = member.ingest.handle
