@@ -54,9 +54,10 @@ def checked(path: Path) -> dict[str, float]:
     return dict(report)
 
 
+@pytest.mark.timeout(240)  # it trains on a hundred thousand events
 def test_eight_seconds_of_the_shop(bare_shell: Shell) -> None:
     mark = f"shop{os.getpid()}"
-    demo = bare_shell.run("demo", "--seconds", "8", "--report", "f.json", DEMO_MARK=mark)
+    demo = bare_shell.finish(bare_shell.start("demo", "--seconds", "8", "--report", "f.json", DEMO_MARK=mark), 200)
     assert demo.code == 0, demo
     report = checked(bare_shell.folder / "f.json")
     assert report["seconds"] == pytest.approx(8, abs=2)
