@@ -207,9 +207,10 @@ def _plot(points: Mapping[str, Mapping[int, float]], file: Path) -> None:
     for name, line in points.items():
         sizes: Sequence[int] = sorted(line)
         figure.add_scatter(x=sizes, y=[line[size] for size in sizes], name=name, mode="lines+markers")
-    figure.update_layout(title="Cost as users (ingest, read) and items (score) become more")
-    figure.update_xaxes(type="log", title="users, or items")
-    figure.update_yaxes(type="log", title="microseconds an event (ingest) or a user (read, score)")
+    title = "Microseconds an event (ingest) or a user (read, score), as users or items become more"
+    figure.update_layout(title=title, template="simple_white", height=400)
+    figure.update_xaxes(type="log", dtick=1, title="users (ingest, read), items (score)")
+    figure.update_yaxes(type="log", dtick=1, title="microseconds")
     figure.write_html(file, include_plotlyjs=True)
 
 

@@ -10,10 +10,10 @@ scale.<step>.cpu.<part>    microseconds of processor time an event, or a user: o
 scale.ingest.wal_bytes     of PostgreSQL's log, an event
 scale.<step>.model.<n>     events/s or users/s of n processes, calculated
 
-The calculation, for 8 to 64 processes of one core each: every part has the cores that its cost asks for; the note says
-how many, and how fast PostgreSQL must write its log. That assumes that an event costs as much with many processes as
-with one. What the runs with 2 and 4 say of that is the processor time in their notes. Nothing beyond this machine's
-cores was run.
+The calculation, for 8 to 64 processes of one core each: each is as fast as the one that ran alone here, and no faster
+than its core; PostgreSQL and the broker have the cores that their cost asks for. The note says how many, and how fast
+PostgreSQL must write its log. That assumes that an event costs as much with many processes as with one. What the runs
+with 2 and 4 say of that is the processor time in their notes. Nothing beyond this machine's cores was run.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def _ingest(report: Report, cluster: Cluster, asked: argparse.Namespace) -> None
         report.add(name, run.rate, "events/s", f"{run.owners} owned partitions at the end; {_told(used, 'event')}")
         if processes == 1:
             report.add("scale.ingest.wal_bytes", log_bytes, "bytes/event")
-            _model(report, "ingest", used, log_bytes)
+            _model(report, "ingest", run.rate, used, log_bytes)
 
 
 # --- adapt
@@ -107,7 +107,7 @@ def _adapt(report: Report, cluster: Cluster, asked: argparse.Namespace) -> None:
             rate, each = _adapted(cluster, database, settings, variables, processes)
         report.add(f"scale.adapt.{processes}", rate, "users/s", _told(each, "user"))
         if processes == 1:
-            _model(report, "adapt", each)
+            _model(report, "adapt", rate, each)
 
 
 def _own(cluster: Cluster, database: Database) -> tuple[Settings, dict[str, str]]:
@@ -163,13 +163,13 @@ def _told(used: Costs, what: str) -> str:
     return f"{parts} for each {what}"
 
 
-def _model(report: Report, step: str, used: Costs, log_bytes: float = 0.0) -> None:
-    """The costs of one process as rows, and what they come to for many."""
+def _model(report: Report, step: str, alone: float, used: Costs, log_bytes: float = 0.0) -> None:
+    """The costs of the process that ran alone as rows, and what they come to for many."""
     what = "event" if step == "ingest" else "user"
     for part in ("worker", "postgres", "kafka"):
         report.add(f"scale.{step}.cpu.{part}", getattr(used, part), f"us/{what}")
     for processes in _MODEL:
-        rate = processes * 1e6 / used.worker
+        rate = processes * min(alone, 1e6 / used.worker)
         cores = [int(np.ceil(rate * each / 1e6)) for each in (used.postgres, used.kafka)]
         note = f"cores: {processes} for workers, {cores[0]} for PostgreSQL, {cores[1]} for the broker"
         note += f"; log {rate * log_bytes / 1e6:,.0f} MB/s" if log_bytes else ""
