@@ -22,7 +22,9 @@ figure a little accuracy. So nothing may ever depend on this process, and it wri
 
 import asyncio
 import logging
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -286,6 +288,18 @@ def _seconds(kafka: KafkaSettings, name: str, otherwise: float) -> float:
     return otherwise if given is None else float(given.get_secret_value()) / 1000
 
 
+def _leave_anyway(stopping: Callable[[], bool]) -> None:
+    """Faust's clients wait for a broker that is gone, and do not let themselves be cancelled: nobody should wait along.
+
+    What is not acknowledged comes again, and what is lost here costs nothing.
+    """
+    while not stopping():
+        time.sleep(_LOOK_SECONDS)
+    time.sleep(_FINISH_SECONDS + _STOP_SECONDS)
+    _LOG.warning("left without waiting for the broker")
+    os._exit(0)
+
+
 def run_quality(settings: Settings, stopping: Callable[[], bool] | None = None) -> None:
     """One quality process, until told to stop. Raises SettingsError and ServiceError."""
     for chatty in ("faust", "mode", "aiokafka"):
@@ -293,7 +307,9 @@ def run_quality(settings: Settings, stopping: Callable[[], bool] | None = None) 
     logging.getLogger("faust.transport.producer").setLevel(
         logging.ERROR
     )  # it warns of every hundred messages that wait
-    stopping = stopping or stop_on_signals()
+    if stopping is None:
+        stopping = stop_on_signals()
+        threading.Thread(target=_leave_anyway, args=[stopping], name="leave", daemon=True).start()
     require_broker(settings.kafka)
     topics = settings.topics
     names = [topics.clicks, topics.purchases, topics.recommendations, topics.ads]

@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,12 +16,13 @@ import pytest
 from confluent_kafka import TopicPartition
 from shell import Shell
 
-from innerloop.config import Settings
+from innerloop.config import KafkaSettings, Settings
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
+from innerloop.worker.kafka_server import KafkaServer
 from innerloop.worker.watched_process import free_ports
 
 Wait = Callable[..., None]
@@ -187,3 +191,53 @@ def test_a_gap_in_time_is_not_hidden_by_a_log_that_starts_late(settings: Setting
     for future in admin.delete_records(gone).values():
         future.result(10)
     assert sum(lag.offsets for lag in group_lag(settings, "nobody", [topic])) == 0
+
+
+@pytest.mark.timeout(300)
+def test_quality_leaves_when_it_is_told_to_though_its_broker_is_gone(
+    bare_shell: Shell, tmp_path: Path, wait_for: Wait
+) -> None:
+    broker = KafkaServer(tmp_path / "kafka", temporary=True, announce=lambda _line: None)
+    broker.start()
+    try:
+        there = Settings(kafka=KafkaSettings(bootstrap_servers=broker.bootstrap_servers))
+        ensure_topics(there)
+        quality = bare_shell.start("quality", INNERLOOP_KAFKA__BOOTSTRAP_SERVERS=broker.bootstrap_servers)
+        wait_for(lambda: members_with_partitions(there.kafka, there.kafka.quality_group), 120)
+    finally:
+        broker.stop()
+    quality.terminate()
+    assert bare_shell.finish(quality, 120).code == 0
+
+
+_HANGS = """
+import asyncio
+from innerloop.config import load_settings
+from innerloop.worker import quality
+
+async def hangs(self, stopping):
+    print("runs", flush=True)
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            pass
+
+quality.Quality.run = hangs
+quality._FINISH_SECONDS = quality._STOP_SECONDS = 0.5
+quality.run_quality(load_settings())
+"""
+
+
+def test_quality_leaves_though_faust_does_not(shell: Shell) -> None:
+    """Seen once: its servers were killed while it started, and it was still there half an hour later."""
+    assert shell.run("topics").code == 0
+    command = [sys.executable, "-c", _HANGS]
+    with subprocess.Popen(command, env=shell.environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "runs" in process.stdout.readline()
+        process.terminate()
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
