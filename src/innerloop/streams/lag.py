@@ -145,10 +145,8 @@ class LagReader:
         consumer has what the answer is handed to.
         """
         if group not in self._of_groups:
-            kafka = self._settings.kafka.model_copy(
-                update={"group_protocol": "classic"}
-            )  # no member, of either protocol
-            self._of_groups[group] = clients.consumer(kafka, group)
+            asks_only = {"group_protocol": "classic"}  # of either protocol, since it is no member
+            self._of_groups[group] = clients.consumer(self._settings.kafka.model_copy(update=asks_only), group)
         return self._of_groups[group]
 
     def _partitions(self, topics: list[str]) -> list[Partition]:
