@@ -24,20 +24,22 @@ KINDS = {
 
 
 @pytest.mark.timeout(600)
-def test_a_storm_of_every_kind_of_fault_leaves_nothing_to_find(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("protocol", "seed"), [("classic", 5), ("consumer", 6)])
+def test_a_storm_of_every_kind_of_fault_leaves_nothing_to_find(tmp_path: Path, protocol: str, seed: int) -> None:
     report = tmp_path / "report.json"
-    options = ["--minutes", "2", "--seed", "5", "--most-per-second", "2000", "--report", str(report)]
+    options = ["--minutes", "2", "--seed", str(seed), "--protocol", protocol, "--most-per-second", "2000"]
+    options += ["--report", str(report)]
     done = subprocess.run([sys.executable, str(RUN), *options], capture_output=True, text=True, check=False)
     assert report.exists(), done.stderr[-4_000:]
     said = json.loads(report.read_text())
     assert said["findings"] == [], done.stderr[-4_000:]
     assert said["faults"].keys() == KINDS
     assert said["events"] > 10_000
-    assert said["seed"] == 5
+    assert said["seed"] == seed
     assert sum(said["asleep"].values()) == said["faults"]["sigstop"]
     counts = said["counts"]
     assert min(counts[f"{model}_recomputed"] for model in ("recommendations", "ads")) > 100
-    assert min(counts[fate] for fate in FATES) > 0
+    assert min(counts[fate] for fate in (*FATES, "came_back")) > 0
     assert counts["unaccounted"] == 0
     assert said["seconds"] > 60
     assert said["ok"] is True

@@ -1,7 +1,6 @@
 """A seeded stream of records: a hot user, repeats, late events, poison, misrouted keys, producers of unequal clocks.
 
-Impressions are among them, and erasures of users who do not come back: what holds of one who does depends on which of
-two topics is read first.
+Impressions are among them, and erasures: of users who do not come back, and of some who go on as if nothing had been.
 """
 
 import json
@@ -23,7 +22,7 @@ USERS = 20_000
 HOT_SHARE = 0.2
 REPEATED, LATE, POISON, MISROUTED, IN_WORDS = 0.02, 0.03, 0.003, 0.005, 0.02
 IMPRESSIONS, OF_ADS = 0.05, 0.5
-LEAVING, LEAVERS, ERASURES = 0.02, 300, 0.0005
+LEAVING, LEAVERS, ERASURES, FOR_GOOD = 0.02, 300, 0.0005, 0.5
 LATE_MS = 3_600_000
 ERASED_AHEAD_MS = 12 * 3_600_000
 """So far ahead that whatever a user did or will do is before it; the product believes a day."""
@@ -65,13 +64,15 @@ class Records:
         if rng.random() < LEAVING:
             user = f"leaver-{rng.randrange(LEAVERS)}"
         time_ms = now_ms - (rng.randrange(LATE_MS) if rng.random() < LATE else 0)
-        sent = self._erasure() if rng.random() < ERASURES else self._event(user, time_ms)
+        sent = self._erasure(user, now_ms) if rng.random() < ERASURES else self._event(user, time_ms)
         self._remember(sent)
         return sent
 
-    def _erasure(self) -> Sent:
-        user = f"leaver-{self._rng.randrange(LEAVERS)}"
-        whole = json.dumps({"user_id": user, "requested_at": self._until}).encode()
+    def _erasure(self, user: str, now_ms: int) -> Sent:
+        until = now_ms
+        if self._rng.random() < FOR_GOOD:
+            user, until = f"leaver-{self._rng.randrange(LEAVERS)}", self._until
+        whole = json.dumps({"user_id": user, "requested_at": until}).encode()
         return self._topics.erasures, user, self._rng.choice([whole, whole, whole, b"{", b"[]", b""]), -1
 
     def _event(self, user: str, time_ms: int) -> Sent:

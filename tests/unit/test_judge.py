@@ -109,45 +109,85 @@ def evidence() -> Evidence:
     )
 
 
+def erasure(offset: int, user: str, at: int) -> Record:
+    return record("erasures", offset, json.dumps({"user_id": user, "requested_at": NOW + at}).encode(), user)
+
+
+def told(offset: int, version: int, user: str) -> Record:
+    said = {"user_id": user, "support_version": version, "event_time": NOW, "ingested_at": NOW, "erased": True}
+    return record(REQUESTS, offset, json.dumps(said).encode(), user)
+
+
+def list_of(user: str, *what: int) -> Record:
+    return replace(listed(*what, user_id=user), key=user.encode())
+
+
 def with_an_erasure() -> Evidence:
-    """The same, an impression, and another user who was erased before and after coming."""
+    """The same, an impression, another user who was erased before and after coming, and one who came back."""
     right = evidence()
-    gone = replace(record("erasures", 0, json.dumps({"user_id": "v", "requested_at": NOW + 9}).encode()), key=b"v")
-    seen = record("shown", 0, event("s", at=5, kind="impression"))
-    told = json.dumps({"user_id": "v", "support_version": 1, "event_time": NOW, "ingested_at": NOW, "erased": True})
+    others = [event("g", "v", at=4), event("b", "w", at=4), event("c", "w", at=12)]
     return replace(
         right,
-        produced=[*right.produced, record("shown", 1, event("g", "v", at=4), "v"), seen],
-        ledger=[*right.ledger, LedgerRow("shown", "id", 0, 2, 1), LedgerRow("erasures", "id", 0, 2, 1)],
-        erasures=[gone, record("erasures", 1, b"{")],
+        produced=[
+            *right.produced,
+            record("shown", 0, event("s", at=5, kind="impression")),
+            *(record("shown", offset, value) for offset, value in enumerate(others, 1)),
+        ],
+        stored=[*right.stored, StoredSet("w", 3, [example("c", 12)])],
+        ledger=[*right.ledger, LedgerRow("shown", "id", 0, 4, 1), LedgerRow("erasures", "id", 0, 3, 1)],
+        erasures=[erasure(0, "v", 9), record("erasures", 1, b"{"), erasure(2, "w", 9)],
         dead_letters=[*right.dead_letters, letter(2, 1, topic="erasures", headers=())],
-        requests=[*right.requests, request(3, 1, 4, "v"), record(REQUESTS, 4, told.encode(), "v")],
-        scores={"recommendations": [*right.scores["recommendations"], record(LISTS, 3, None, "v")]},
+        requests=[
+            *right.requests,
+            *(request(3, 1, 4, "v"), told(4, 1, "v")),
+            *(request(5, 1, 4, "w"), told(6, 2, "w"), request(7, 3, 12, "w")),
+        ],
+        scores={
+            "recommendations": [
+                *right.scores["recommendations"],
+                record(LISTS, 3, None, "v"),
+                *(list_of("w", 4, 1, 1, 4), record(LISTS, 5, None, "w"), list_of("w", 6, 3, 1, 12)),
+            ]
+        },
         shown=[StoredSet("u", 1, [example("s", 5, 5, 0.0)])],
+        receipts=lambda _: {"v": NOW + 9, "w": NOW + 9},
     )
 
 
-def test_who_was_erased_leaves_a_receipt_and_tombstones_only() -> None:
+def test_who_was_erased_leaves_a_receipt_and_tombstones_only_or_what_came_since() -> None:
     verdict = judge(with_an_erasure(), RULES)
     assert verdict.findings == []
     assert {fate: verdict.counts[fate] for fate in FATES} == {
-        "stored": 3,
+        "stored": 4,
         "duplicate": 1,
         "too_late": 1,
         "dead_lettered": 2,
-        "erased": 1,
-        "erasures": 1,
+        "erased": 2,
+        "erasures": 2,
     }
 
 
 ERASED: dict[str, tuple[dict[str, Any], str]] = {
     "a set": ({"stored": [*evidence().stored, StoredSet("v", 1, [])]}, "User v has a support set and was erased"),
+    "the past of who came back": (
+        {"stored": [*evidence().stored, StoredSet("w", 3, [example("b", 4), example("c", 12)])]},
+        "User w's support set is not what was produced: 0 events are missing and 1",
+    ),
+    "what came since lost": ({"stored": evidence().stored}, "User w has 1 events and no support set"),
     "impressions": (
         {"shown": [*(with_an_erasure().shown or ()), StoredSet("v", 1, [])]},
         "User v has a set of impressions and was erased",
     ),
     "impressions lost": ({"shown": []}, "User u has 1 events and no set of impressions"),
-    "no receipt": ({"receipts": lambda _: set()}, "User v was erased, and there is no receipt of it"),
+    "no receipt": ({"receipts": lambda _: {"w": NOW + 9}}, "User v was erased, and there is no receipt of it"),
+    "a receipt of less": (
+        {"receipts": lambda _: {"v": NOW + 9, "w": NOW + 8}},
+        f"User w was to be erased up to {NOW + 9}, and the receipt says {NOW + 8}",
+    ),
+    "a receipt of more than there was": (
+        {"receipts": lambda _: {"v": NOW + 10, "w": NOW + 9}},
+        f"User v was to be erased up to {NOW + 9}, and the receipt says {NOW + 10}",
+    ),
     "no request": ({"requests": evidence().requests}, "User v was erased, and no request says so"),
     "no tombstone": ({"scores": evidence().scores}, "User v was erased and has no tombstone"),
     "a list after the tombstone": (
@@ -155,15 +195,27 @@ ERASED: dict[str, tuple[dict[str, Any], str]] = {
             "scores": {
                 "recommendations": [
                     *with_an_erasure().scores["recommendations"],
-                    replace(listed(4, 1, 1, 4, user_id="v"), key=b"v"),
+                    list_of("v", 7, 1, 1, 4),
                 ]
             }
         },
-        "User v was erased, and the last of the recommendations (offset 4) is a list",
+        "User v was erased, and the last of the recommendations (offset 7) is a list",
+    ),
+    "a tombstone after the list": (
+        {"scores": {"recommendations": [*with_an_erasure().scores["recommendations"], record(LISTS, 7, None, "w")]}},
+        "User w's last record of recommendations (offset 7) is a tombstone, and its support set is at 3",
+    ),
+    "an older list of who came back": (
+        {
+            "scores": {
+                "recommendations": [*with_an_erasure().scores["recommendations"], list_of("w", 7, 2, 1, 4)],
+            }
+        },
+        "user w's version goes back from (1, 3) (offset 6) to (1, 2)",
     ),
     "a bad erasure let go": ({"dead_letters": evidence().dead_letters}, "erasures[0]@1 is a bad record and was never"),
     "erasures unread": (
-        {"ledger": [*evidence().ledger, LedgerRow("shown", "id", 0, 2, 1)]},
+        {"ledger": [*evidence().ledger, LedgerRow("shown", "id", 0, 4, 1)]},
         "The ledger has erasures[0] at None",
     ),
 }
@@ -176,13 +228,14 @@ def test_what_is_left_of_the_erased_is_found(wrong: str) -> None:
     assert any(finding in each for each in findings), findings
 
 
-def test_who_did_something_later_than_the_erasure_is_not_expected_to_be_gone() -> None:
+def test_a_receipt_may_be_of_what_a_clock_ahead_of_it_dated_later() -> None:
     oracle = Oracle(RULES)
     oracle.see(record(CLICKS, 0, event("a", at=10)))
-    oracle.see_erasure(record("erasures", 0, json.dumps({"user_id": "u", "requested_at": NOW + 9}).encode()))
-    assert oracle.erased == set()
-    oracle.see_erasure(record("erasures", 1, json.dumps({"user_id": "u", "requested_at": NOW + 10}).encode()))
-    assert oracle.erased == {"u"}
+    oracle.see_erasure(erasure(0, "u", 9))
+    assert list(oracle.carry_out({"u": NOW + 9})) == []
+    assert oracle.gone == set()
+    assert list(oracle.carry_out({"u": NOW + 10})) == []
+    assert oracle.gone == {"u"}
 
 
 def judged(**changed: Any) -> Verdict:

@@ -4,8 +4,8 @@ What it checks, each finding a sentence with the user, place or offset:
 
 - sets: Postgres holds for each user with events exactly the oracle's set (items by name, types, weights, times,
   hashes), and nobody else; the same of impressions, where they were gathered;
-- erasures: of whom an erasure names that is later than all they did, there is no set, a request that says so, a
-  tombstone as the last record of each score topic, and a receipt;
+- erasures: of whom an erasure names there are a receipt and a request that says so, and nothing that they did up to the
+  time on the receipt; of who did nothing later there is no set, and a tombstone is the last record of each score topic;
 - accounting: what Postgres holds, what is on the dead-letter topic, and the duplicates and late events that the oracle
   counts are together all that was produced. A dead letter names its record's topic, partition and offset and repeats
   its key, value, headers and reason; every refused record has one and no other has;
@@ -76,8 +76,8 @@ class Evidence:
     """Everything on the erasure topic."""
     shown: Iterable[StoredSet] | None = None
     """The impressions in Postgres."""
-    receipts: Callable[[Collection[str]], set[str]] = set
-    """Those of some users of whose erasure there is a receipt."""
+    receipts: Callable[[Collection[str]], Mapping[str, int]] = lambda _: {}
+    """Of those of some users of whose erasure there is a receipt, up to when (epoch ms) their past is erased."""
 
 
 @dataclass
@@ -106,25 +106,26 @@ def judge(evidence: Evidence, rules: Rules) -> Verdict:
         oracle.see(record)
     for record in evidence.erasures:
         oracle.see_erasure(record)
+    verdict.take(oracle.carry_out(evidence.receipts(oracle.asked)))
+    gone = oracle.gone
     verdict.counts.update(oracle.fates())
     verdict.counts["records"] = oracle.records
+    verdict.counts["came_back"] = len(oracle.asked) - len(gone)
     finals: dict[str, Final] = {}
     verdict.take(_judged_sets(evidence.stored, oracle, finals, verdict.counts))
     if evidence.shown is not None:
         verdict.take(_judged_sets(evidence.shown, oracle, {}, verdict.counts, shown=True))
-    without = oracle.erased - evidence.receipts(oracle.erased)
-    verdict.take(f"User {user} was erased, and there is no receipt of it." for user in sorted(without))
     ledger = list(evidence.ledger)
     verdict.take(_judged_ledger(ledger, oracle.ends))
     verdict.take(_judged_commits(evidence.committed))
     verdict.take(judged_writes(evidence.writes))
     verdict.take(_judged_letters(evidence.dead_letters, oracle, verdict.counts))
     verdict.take(_judged_accounts(verdict.counts))
-    requests = _judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts, oracle.erased)
+    requests = _judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts, oracle.asked)
     verdict.take(requests)
     epochs = {row.partition: row.epoch for row in ledger if row.topic == evidence.requests_topic}
     for model, records in evidence.scores.items():
-        scores = ScoreJudge(model, epochs, evidence.partitions, oracle.erased)
+        scores = ScoreJudge(model, epochs, evidence.partitions, erased=oracle.asked, gone=gone)
         verdict.take(_judged_scores(scores, model, records, finals, verdict.counts))
         if evidence.contents is not None:
             verdict.take(
@@ -144,7 +145,7 @@ def _judged_sets(
     missing, what = set(oracle.users(shown=shown)), "set of impressions" if shown else "support set"
     for user, version, examples in stored:
         if user not in missing:
-            yield f"User {user} has a {what} and {'was erased' if user in oracle.erased else 'no events'}."
+            yield f"User {user} has a {what} and {'was erased' if user in oracle.asked else 'no events'}."
             continue
         missing.remove(user)
         found: list[Example] = [(each.time, each.hash, each.item, each.type, each.weight) for each in examples]
@@ -281,7 +282,8 @@ def _judged_requests(
             highest[request.user_id] = request
     for user in sorted(set(erased) - told):
         yield f"User {user} was erased, and no request says so."
-    yield from _judged_highest({user: highest[user] for user in highest.keys() - erased}, finals)
+    gone = set(erased) - finals.keys()  # the last request of who came back is of what they did since
+    yield from _judged_highest({user: highest[user] for user in highest.keys() - gone}, finals)
 
 
 def _judged_highest(highest: dict[str, AdaptationRequest], finals: Mapping[str, Final]) -> Iterator[str]:

@@ -82,11 +82,11 @@ def _contents(settings: Settings, engine: Database) -> Contents:
     )
 
 
-def _receipts(engine: Database, users: Collection[str]) -> set[str]:
+def _receipts(engine: Database, users: Collection[str]) -> dict[str, int]:
     with transaction(engine) as connection:
         salt = erasures.read_salt(connection)
-        hashes = {erasures.hash_of(user, salt): user for user in users}
-        return {hashes[receipt.user_hash] for receipt in erasures.receipts(connection, list(hashes))}
+        hashes = {user: erasures.hash_of(user, salt) for user in users}
+        return {user: erased.until for user, erased in erasures.erased(connection, hashes).items()}
 
 
 def _sets(engine: Database) -> Iterator[StoredSet]:

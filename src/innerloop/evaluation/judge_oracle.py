@@ -6,7 +6,7 @@ judges: dicts, sorted lists and the standard library's JSON.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -74,8 +74,9 @@ class Oracle:
         self._rules = rules
         self._tasks: dict[str, Task] = {}
         self._shown: dict[str, Task] = {}
-        self.erased: set[str] = set()
-        """Whom an erasure names that is later than all they did: in whatever order it came, nothing of them stays."""
+        self.asked: dict[str, int] = {}
+        """Whom erasures name, and up to when (epoch ms) the latest of them says that all must go."""
+        self._until: dict[str, int] = {}
         self._erasures = 0
         self.poison: dict[Place, Letter] = {}
         self.ends: dict[tuple[str, int], int] = {}
@@ -109,31 +110,54 @@ class Oracle:
             self._refuse(record, reason)
             return
         self._erasures += 1
-        done = [task.events.values() for tasks in (self._tasks, self._shown) if (task := tasks.get(user))]
-        if all(each[0] <= until for events in done for each in events):
-            self.erased.add(user)
+        self.asked[user] = max(until, self.asked.get(user, 0))
+
+    def carry_out(self, receipts: Mapping[str, int]) -> Iterator[str]:
+        """Drop the past of everybody asked for, when all records are in; yields findings about the receipts.
+
+        `receipts` says of each user up to when (epoch ms) the past is erased: what was asked for, or the newest event
+        that was stored by then, of which a clock may be ahead. What is later stays, in whatever order it all was read.
+        """
+        for user, asked in self.asked.items():
+            until = self._until[user] = receipts.get(user, asked)
+            if user not in receipts:
+                yield f"User {user} was erased, and there is no receipt of it."
+            elif not asked <= until <= max(asked, self._newest_time(user)):
+                yield f"User {user} was to be erased up to {asked}, and the receipt says {until}."
+
+    @property
+    def gone(self) -> set[str]:
+        """Those erased who did nothing later."""
+        return {user for user in self.asked if user not in self._tasks or not self.expected(user)}
 
     def users(self, *, shown: bool = False) -> list[str]:
         """Those who must have a set, of what they did or of what they were shown."""
-        return [user for user in (self._shown if shown else self._tasks) if user not in self.erased]
+        tasks = self._shown if shown else self._tasks
+        return [user for user in tasks if user not in self.asked or self.expected(user, shown=shown)]
 
     def expected(self, user: str, *, shown: bool = False) -> list[Example]:
         """The user's newest events by time and then hash, oldest first."""
-        return _newest((self._shown if shown else self._tasks)[user], self._capacity(shown=shown))
+        newest = _newest((self._shown if shown else self._tasks)[user], self._capacity(shown=shown))
+        until = self._until.get(user, -1)
+        return [each for each in newest if each[0] > until]
 
     def fates(self) -> Counter[str]:
         """How many of the records must leave nothing: duplicates, erasures, what was erased, and what was too late.
 
-        Late are also those that were stored and have been pushed out since.
+        Late are also those that were stored and have been pushed out since; of who was erased they count as erased.
         """
         counts = Counter(duplicate=self.duplicates, erasures=self._erasures)
         for shown, tasks in ((False, self._tasks), (True, self._shown)):
             for user, task in tasks.items():
-                if user in self.erased:
-                    counts["erased"] += len(task.ids)
+                if user in self.asked:
+                    counts["erased"] += len(task.ids) - len(self.expected(user, shown=shown))
                 else:
                     counts["too_late"] += len(task.ids) - min(len(task.events), self._capacity(shown=shown))
         return counts
+
+    def _newest_time(self, user: str) -> int:
+        tasks = [tasks[user] for tasks in (self._tasks, self._shown) if user in tasks]
+        return max((each[0] for task in tasks for each in task.events.values()), default=-1)
 
     def _capacity(self, *, shown: bool) -> int:
         return self._rules.impressions if shown else self._rules.capacity

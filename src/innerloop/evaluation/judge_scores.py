@@ -46,8 +46,18 @@ class Final:
 class ScoreJudge:
     """Judges one topic of `model` ("recommendations" or "ads")."""
 
-    def __init__(self, model: str, epochs: Mapping[int, int], partitions: int, erased: Collection[str] = ()) -> None:
-        self._model, self._epochs, self._partitions, self._erased = model, epochs, partitions, erased
+    def __init__(
+        self,
+        model: str,
+        epochs: Mapping[int, int],
+        partitions: int,
+        *,
+        erased: Collection[str] = (),
+        gone: Collection[str] = (),
+    ) -> None:
+        """`erased` are those who may have tombstones, `gone` those of them of whom nothing else may stay."""
+        self._model, self._epochs, self._partitions = model, epochs, partitions
+        self._erased, self._gone = erased, gone
         self._keys: dict[str, _Key] = {}
         self.records = self.older = self.repeats = 0
 
@@ -70,7 +80,7 @@ class ScoreJudge:
             yield f"{where}: the record under the key {user} is of {said['user_id']} and model {said['model']}."
         if epoch is None or epoch > self._epochs.get(record.partition, 0):
             yield f"{where}: user {user}'s record was written under epoch {epoch}, which nobody has had."
-        if user not in self._erased:
+        if user not in self._gone:
             yield from self._order(record, key, (said["model_version"], said["support_version"]), epoch)
         yield from self._content(where, user, key, said)
         key.last, key.last_offset = said, record.offset
@@ -102,35 +112,40 @@ class ScoreJudge:
     def final(self, wanted: Mapping[str, Final]) -> Iterator[str]:
         """Compare the end of the topic with what it must be; yields findings."""
         for user, final in wanted.items():
-            key = self._keys.get(user)
-            if key is None:
-                yield f"User {user} has events and no {self._model}; its support set is at {final.support_version}."
-                continue
-            version = key.highest[1]
-            if version != final.support_version:
-                yield (
-                    f"User {user}'s highest {self._model} (offset {key.highest_offset}) names support version"
-                    f" {version}, and the set is at {final.support_version}."
-                )
-            if (key.last["model_version"], key.last["support_version"]) != key.highest:
-                yield (
-                    f"User {user}'s last record of {self._model} (offset {key.last_offset}) names support version"
-                    f" {key.last['support_version']}, older than {version} at offset {key.highest_offset}."
-                )
-            elif (key.last["support_size"], key.last["event_time"]) != (final.support_size, final.event_time):
-                yield (
-                    f"User {user}'s last record of {self._model} (offset {key.last_offset}) is of"
-                    f" {key.last['support_size']} events up to {key.last['event_time']}, and the set has"
-                    f" {final.support_size} up to {final.event_time}."
-                )
-        for user in sorted(self._keys.keys() - wanted.keys() - set(self._erased)):
+            yield from self._final(user, final)
+        for user in sorted(self._keys.keys() - wanted.keys() - set(self._gone)):
             yield f"User {user} has {self._model} and no events."
-        for user in sorted(self._erased):
+        for user in sorted(self._gone):
             if user not in self._keys:
                 yield f"User {user} was erased and has no tombstone among the {self._model}."
             elif self._keys[user].last:
                 offset = self._keys[user].last_offset
                 yield f"User {user} was erased, and the last of the {self._model} (offset {offset}) is a list."
+
+    def _final(self, user: str, final: Final) -> Iterator[str]:
+        key = self._keys.get(user)
+        if key is None:
+            yield f"User {user} has events and no {self._model}; its support set is at {final.support_version}."
+            return
+        said, version = key.last, key.highest[1]
+        last = f"User {user}'s last record of {self._model} (offset {key.last_offset})"
+        if version != final.support_version:
+            yield (
+                f"User {user}'s highest {self._model} (offset {key.highest_offset}) names support version"
+                f" {version}, and the set is at {final.support_version}."
+            )
+        if not said:
+            yield f"{last} is a tombstone, and its support set is at {final.support_version}."
+        elif (said["model_version"], said["support_version"]) != key.highest:
+            yield (
+                f"{last} names support version {said['support_version']}, older than {version} at offset"
+                f" {key.highest_offset}."
+            )
+        elif (said["support_size"], said["event_time"]) != (final.support_size, final.event_time):
+            yield (
+                f"{last} is of {said['support_size']} events up to {said['event_time']}, and the set has"
+                f" {final.support_size} up to {final.event_time}."
+            )
 
     def last(self, user: str) -> dict[str, Any]:
         """The user's last record; empty where there is none."""
