@@ -13,7 +13,8 @@ computed from, and of two records of a user the higher (model_version, support_v
 """
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -32,7 +33,7 @@ from innerloop.learning.scorer import Scorer
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
 from innerloop.store import items, releases, support_sets
 from innerloop.store.activity import ActivityReader
-from innerloop.store.database import Database, transaction
+from innerloop.store.database import Database, Transaction, transaction
 from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import LogEnds
@@ -47,6 +48,16 @@ _TASKS_AT_ONCE = 1024
 _USERS_AT_ONCE = 10_000
 _DIGITS, _PRODUCT_DIGITS = 6, 9  # of published scores; a product of two small probabilities is smaller still
 _NUMBERS_BACK = 4 * items.NUMBERS_AT_ONCE
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is stored of some users: those that have a set, their sets, versions [T] and impressions."""
+
+    users: list[str]
+    sets: SupportSets
+    versions: Ints
+    shown: SupportSets | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class Adapt:
         self._scorer = Scorer(self._newest_release(), self._device, index_above=settings.adapt.index_above)
         metrics.MODEL_VERSION.set(self._scorer.catalogue.release.version)
         self._activity = ActivityReader(settings.trends.kept_events)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._refresh()
         self._score(SupportSets.empty(1), [True])  # the first solve of a process is slow, and nobody should wait for it
 
@@ -220,42 +232,51 @@ class Adapt:
 
     def _adapt(self, partitions: Mapping[str, int], erased: Collection[str] = (), spans: Spans = NOT_TRACED) -> None:
         began = time.monotonic()
-        users, sets, versions = self._read(list(partitions))
-        self._bury({*erased, *partitions.keys() - set(users)}, partitions)
-        share, sent = self._settings.quality.hold_out, 0
-        for first in range(0, len(users), _TASKS_AT_ONCE):
-            some = slice(first, min(first + _TASKS_AT_ONCE, len(users)))
-            chunk = SupportSets(
-                sets.starts[some.start : some.stop + 1] - sets.starts[some.start],
-                sets.examples[sets.starts[some.start] : sets.starts[some.stop]],
-            )
-            scored = self._score(chunk, [in_hold_out(user, share) for user in users[some]], self._shown_to(users[some]))
-            sent += self._publish(users[some], chunk, versions[some], scored, partitions, spans=spans)
+        share, adapted, sent = self._settings.quality.hold_out, 0, 0
+        for asked, stored in self._read_ahead(list(partitions)):
+            self._bury({*erased} & {*asked} | {*asked} - {*stored.users}, partitions)
+            self._know(stored.sets)
+            held = [in_hold_out(user, share) for user in stored.users]
+            scored = self._score(stored.sets, held, stored.shown)
+            sent += self._publish(stored, scored, partitions, spans=spans)
+            adapted += len(stored.users)
         with metrics.STEP_SECONDS.labels("publish").time():
             self._publisher.flush(_FLUSH_SECONDS)
         metrics.SCORES.labels("recommendations").inc(sent)
         metrics.SCORES.labels("ads").inc(sent if self._scorer.catalogue.ad_ids else 0)
-        metrics.ADAPTED.inc(len(users))
+        metrics.ADAPTED.inc(adapted)
         metrics.ADAPTATION_SECONDS.inc(time.monotonic() - began)
 
-    def _read(self, users: list[str]) -> tuple[list[str], SupportSets, Ints]:
-        with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
-            names, sets, versions = support_sets.read(connection, users)
-            catalogue = self._scorer.catalogue
-            unknown = np.unique(sets.examples["item"][catalogue.places(sets.examples["item"]) < 0])
-            if len(unknown):
-                catalogue.add(items.items_numbered(connection, unknown.tolist()))
-        return names, sets, versions
+    def _read_ahead(self, users: list[str]) -> Iterator[tuple[list[str], _Stored]]:
+        """Some of `users` at a time and what is stored of them; the next are read while these are worked on."""
+        chunks = [users[first : first + _TASKS_AT_ONCE] for first in range(0, len(users), _TASKS_AT_ONCE)]
+        ahead: Future[_Stored] | None = None
+        for number, chunk in enumerate(chunks, 1):
+            stored = ahead.result() if ahead else self._read(chunk)
+            ahead = self._ahead.submit(self._read, chunks[number]) if number < len(chunks) else None
+            yield chunk, stored
 
-    def _shown_to(self, users: list[str]) -> SupportSets | None:
+    def _read(self, users: list[str]) -> _Stored:
+        with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
+            found, sets, versions = support_sets.read(connection, users)
+            return _Stored(found, sets, versions, self._read_shown(connection, found))
+
+    def _read_shown(self, connection: Transaction, users: list[str]) -> SupportSets | None:
         """The users' impressions, where the ads' scores depend on them."""
         if self._scorer.ads_kind != "click_and_purchase" or not self._scorer.catalogue.ad_ids:
             return None
-        with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
-            found, sets, _ = support_sets.read(connection, users, table="impressions")
+        found, sets, _ = support_sets.read(connection, users, table="impressions")
         rows = {user: row for row, user in enumerate(found)}
         with_nobody = SupportSets(np.append(sets.starts, sets.starts[-1]), sets.examples)
         return gather(with_nobody, np.array([rows.get(user, len(found)) for user in users], np.int64))
+
+    def _know(self, sets: SupportSets) -> None:
+        """Take items into the catalogue that it lacks."""
+        catalogue = self._scorer.catalogue
+        unknown = np.unique(sets.examples["item"][catalogue.places(sets.examples["item"]) < 0])
+        if len(unknown):
+            with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
+                catalogue.add(items.items_numbered(connection, unknown.tolist()))
 
     def _score(self, sets: SupportSets, held: list[bool], shown: SupportSets | None = None) -> _Scored:
         scorer, top = self._scorer, self._settings.adapt.top
@@ -292,14 +313,7 @@ class Adapt:
         return [[ScoredAd(ids[at], its_items[at], *chances) for at, *chances in zip(*row, strict=True)] for row in rows]
 
     def _publish(
-        self,
-        users: list[str],
-        sets: SupportSets,
-        versions: Ints,
-        scored: _Scored,
-        partitions: Mapping[str, int],
-        *,
-        spans: Spans = NOT_TRACED,
+        self, stored: _Stored, scored: _Scored, partitions: Mapping[str, int], *, spans: Spans = NOT_TRACED
     ) -> int:
         """Send the lists; of how many users."""
         catalogue, topics, encode = self._scorer.catalogue, self._settings.topics, self._encode
@@ -307,7 +321,8 @@ class Adapt:
         names, ad_ids = catalogue.item_ids, catalogue.ad_ids
         headers = {partition: owner_headers(epoch) for partition, epoch in self._epochs.items()}
         now, sent = int(time.time() * 1000), 0
-        facts = zip(users, versions.tolist(), sets.sizes.tolist(), sets.newest.tolist(), strict=True)
+        sets, versions = stored.sets, stored.versions.tolist()
+        facts = zip(stored.users, versions, sets.sizes.tolist(), sets.newest.tolist(), strict=True)
         with metrics.STEP_SECONDS.labels("encode").time():
             for row, (user, support_version, size, newest) in enumerate(facts):
                 common = {

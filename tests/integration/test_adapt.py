@@ -589,6 +589,30 @@ def test_a_batch_is_bounded_by_its_users(world: World, monkeypatch: pytest.Monke
     assert max(sizes) <= 126
 
 
+def test_who_is_read_ahead_is_answered_also_where_the_read_fails_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pieces of a batch are read by another thread than computes them: with who has no set, and a new item."""
+    users, threads, original = [f"u{n}" for n in range(3_500)], list[str](), Adapt._read
+
+    def failing(self: Adapt, some: list[str]) -> Any:
+        threads.append(threading.current_thread().name)
+        if threads.count("read-ahead_0") == 2 and threads[-1] == "read-ahead_0":
+            raise RetryError("The database is away")
+        return original(self, some)
+
+    monkeypatch.setattr(Adapt, "_read", failing)
+    world.give_many(users)
+    newest = world.give("last", [("new item", 1.0, 0)])
+    world.ask(*users, "nobody", "last")
+    with running(with_adapt(world.settings, poll_seconds=2.0)):
+        wait_for(lambda: world.last_is_newest(world.settings.topics.recommendations), 60)
+        wait_for(lambda: world.unanswered() == 0, 60)
+    assert threads.count("read-ahead_0") > 2
+    assert world.tombstones("nobody") == [world.settings.topics.recommendations, world.settings.topics.ads]
+    assert [record.support_version for record in world.of("last")][-1] == newest
+
+
 # --- what stops it
 
 
