@@ -1,6 +1,7 @@
 """The console's look-up of one user: what is stored, what is published, and what the last change did."""
 
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 from nicegui import run, ui
@@ -18,7 +19,7 @@ class PersonCard:
     """Laid out where it is made; `find` is called in a thread."""
 
     def __init__(self, find: Callable[[str], Person]) -> None:
-        self._find, self._example = find, ""
+        self._find, self._example, self._asked = find, "", 0
         with ui.card().props("flat bordered").classes("w-full"):
             heading("A user", level=3)
             with ui.row().classes("items-center gap-2"):
@@ -36,30 +37,38 @@ class PersonCard:
 
     async def _find_user(self) -> None:
         user = (self._user.value or "").strip()
+        self._asked += 1
+        asked = self._asked
         self._person.clear()
         if not user:
             return
         with self._person:
-            waits = ui.spinner()
-            try:
-                person = await run.io_bound(self._find, user)
-            except InnerloopError as error:
-                _say(str(error))
-            except Exception as error:  # noqa: BLE001 - whatever it was, the viewer is told
-                _LOG.exception("not looked up")
-                _say(f"The user cannot be looked up ({type(error).__name__}): the console's log says more.")
-            else:
-                if person is not None:  # else the server stops
-                    _show_person(person)
-            finally:
-                waits.delete()
+            ui.spinner()
+        show = await self._answer(user)
+        if asked == self._asked:  # else somebody was asked for meanwhile
+            self._person.clear()
+            with self._person:
+                show()
+
+    async def _answer(self, user: str) -> Callable[[], None]:
+        """What shows the user, or why the user cannot be shown."""
+        try:
+            person = await run.io_bound(self._find, user)
+        except InnerloopError as error:
+            return partial(_say, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it was, the viewer is told
+            _LOG.exception("not looked up")
+            return partial(_say, f"The user cannot be looked up ({type(error).__name__}): the console's log says more.")
+        return partial(_show_person, person)
 
 
 def _say(sentence: str) -> None:
     ui.label(sentence).classes("text-negative").props("role=alert")
 
 
-def _show_person(person: Person) -> None:
+def _show_person(person: Person | None) -> None:
+    if person is None:  # the server stops
+        return
     if person.support_version is None and person.recommendations is None:
         ui.label(f"Nothing is stored or published of user {person.user_id}.")
         return
