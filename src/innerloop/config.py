@@ -57,6 +57,7 @@ class TopicSettings(_Section):
     releases: str = "models.releases"
     erasures: str = "privacy.erasures"
     quality_windows: str = "quality.windows"
+    items: str = "catalog.items"
     partitions: Positive = 4
     replication_factor: Positive = 1
 
