@@ -78,6 +78,7 @@ def _show_person(person: Person | None) -> None:
             ui.label(_verdict(person)).classes("font-bold")
         ui.label(_chain(person))
         ui.label(_change(person)).props("data-test=change")
+        ui.label(person.notice).classes("text-sm opacity-80").props("data-test=names")
     with ui.grid().classes("w-full grid-cols-1 lg:grid-cols-2 gap-4 items-start"):
         listed = Table(
             "Recommendations", "rank", "item", "change", "score", "category", numbers=["rank", "score"], test="listed"
@@ -88,6 +89,7 @@ def _show_person(person: Person | None) -> None:
                     "key": item.item_id,
                     "rank": place,
                     "item": item.item_id,
+                    "name": person.names.get(item.item_id),
                     "category": person.categories.get(item.item_id, ""),
                     "score": f"{item.score:.4f}",
                     "change": _moved(person, item.item_id),
@@ -97,7 +99,12 @@ def _show_person(person: Person | None) -> None:
         )
         with ui.column().classes("w-full gap-4"):
             support = Table("Support set, newest first", "time", "event", "item", "category", test="support")
-            support.show([{"key": place, **each.__dict__} for place, each in enumerate(person.support)])
+            support.show(
+                [
+                    {"key": place, **each.__dict__, "name": person.names.get(each.item)}
+                    for place, each in enumerate(person.support)
+                ]
+            )
             _show_ads(person)
 
 
@@ -108,7 +115,14 @@ def _show_ads(person: Person) -> None:
     ads = Table(f"Ads, {kind}", "rank", "ad", "item", "score", numbers=["rank", "score"], test="ads")
     ads.show(
         [
-            {"key": ad.ad_id, "rank": place, "ad": ad.ad_id, "item": ad.item_id, "score": f"{ad.score:.4f}"}
+            {
+                "key": ad.ad_id,
+                "rank": place,
+                "ad": ad.ad_id,
+                "item": ad.item_id,
+                "name": person.names.get(ad.item_id),
+                "score": f"{ad.score:.4f}",
+            }
             for place, ad in enumerate(person.ads.ads, 1)
         ]
     )
@@ -142,9 +156,9 @@ def _change(person: Person) -> str:
     last, moved = person.support[0], person.moved.values()
     new, up = sum(each is None for each in moved), sum(each is not None and each > 0 for each in moved)
     down, gone = sum(each is not None and each < 0 for each in moved), person.gone
-    named = ", ".join(gone[:_NAMED]) + (", ..." if len(gone) > _NAMED else "")
+    named = ", ".join(map(person.called, gone[:_NAMED])) + (", ..." if len(gone) > _NAMED else "")
     return (
-        f"After the {last.event} on {last.item} at {last.time}, against the list of support version"
+        f"After the {last.event} on {person.called(last.item)} at {last.time}, against the list of support version"
         f" {person.before.support_version}: {new} new, {up} up, {down} down, {len(gone)} gone"
         f"{f' ({named})' if gone else ''}."
     )
