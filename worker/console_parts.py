@@ -14,7 +14,9 @@ PALETTE = ["#0072b2", "#e69f00", "#009e73"]
 # The library's template language writes what is between the braces as text, never as markup.
 _NAMED_CELL = """
 <q-td :props="props">
-  <div class="whitespace-normal break-words min-w-[9rem] max-w-[22rem]">{{ props.row.name || props.value }}</div>
+  <div class="whitespace-normal break-words min-w-[8rem] max-w-[11rem] sm:max-w-[22rem]">
+    {{ props.row.name || props.value }}
+  </div>
   <div v-if="props.row.name" class="text-xs opacity-70">{{ props.value }}</div>
 </q-td>
 """

@@ -383,7 +383,7 @@ def named_items(page: Page, table: str) -> list[tuple[str | None, str]]:
     rows = page.locator(f"[data-test={table}]")
     place = rows.locator("thead th").all_text_contents().index("item") + 1
     cells = rows.locator(f"tbody tr td:nth-child({place})").all()
-    parts = [cell.locator("div").all_text_contents() for cell in cells]
+    parts = [[part.strip() for part in cell.locator("div").all_text_contents()] for cell in cells]
     return [(each[0] if len(each) > 1 else None, each[-1]) for each in parts]
 
 
