@@ -10,6 +10,7 @@ from innerloop.store.database import connect, require_tables
 from innerloop.streams.clients import require_broker
 
 from .console_lookup import Person, look_up
+from .console_names import Names
 from .console_observer import Observer
 from .console_page import Page
 from .console_stored import STATEMENT_SECONDS
@@ -24,10 +25,10 @@ def run_console(settings: Settings) -> None:
     engine = connect(settings.database, statement_seconds=STATEMENT_SECONDS)
     require_tables(engine)
     require_broker(settings.kafka)
-    observer = Observer(settings)
+    observer, names = Observer(settings), Names(settings)
 
     def find(user_id: str) -> Person:
-        return look_up(settings, engine, user_id)
+        return look_up(settings, engine, names, user_id)
 
     @ui.page("/")
     def page() -> None:
@@ -43,8 +44,9 @@ def run_console(settings: Settings) -> None:
     app.mount("/metrics", make_asgi_app(disable_compression=True))
     app.add_api_route("/livez", live)
     app.add_api_route("/readyz", ready)
-    app.on_startup(observer.start)
-    app.on_shutdown(observer.stop)
+    for part in (observer, names):
+        app.on_startup(part.start)
+        app.on_shutdown(part.stop)
     stop_on_signals()  # the server stops by itself on both, and raises them again for whoever was there before
     where = settings.console
     _LOG.info("console", page=f"http://{where.host}:{where.port}/")

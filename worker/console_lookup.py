@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from innerloop.client import newest, newest_two
+from innerloop.client import Record, newest, newest_two
 from innerloop.config import Settings
 from innerloop.events import CODES
 from innerloop.scores import AdScores, RecommendationScores
 from innerloop.store import items, releases, support_sets
 from innerloop.store.database import Database, transaction
+
+from .console_names import Names
 
 _TYPES = {code: name for name, code in CODES.items()}
 
@@ -23,6 +25,7 @@ class Example:
     time: str
     event: str
     item: str
+    """Its id."""
     category: str
 
 
@@ -41,7 +44,15 @@ class Person:
     """The list before, where the topic still has it."""
     ads: AdScores | None
     categories: dict[str, str]
-    """Of the items shown."""
+    """Of the items listed."""
+    names: dict[str, str]
+    """Of the items shown, where the shop has told them."""
+    notice: str
+    """What is to be said of names that are not known."""
+
+    def called(self, item: str) -> str:
+        """An item in a sentence: its name, if known, and its id."""
+        return f"{self.names[item]} ({item})" if item in self.names else item
 
     @property
     def fresh(self) -> bool:
@@ -73,7 +84,7 @@ class Person:
         return [item.item_id for item in self.before.items if item.item_id not in kept]
 
 
-def look_up(settings: Settings, engine: Database, user_id: str) -> Person:
+def look_up(settings: Settings, engine: Database, names: Names, user_id: str) -> Person:
     """Read everything about a user. Raises RetryError and ServiceError."""
     with ThreadPoolExecutor(max_workers=2) as pool:  # each reads the user's whole partition of its topic
         lists, its_ads = (
@@ -85,24 +96,32 @@ def look_up(settings: Settings, engine: Database, user_id: str) -> Person:
         _, sets, versions = support_sets.read(connection, [user_id])
         release = releases.newest(connection)
         rows = items.items_numbered(connection, np.unique(sets.examples["item"]).tolist())
-        names = {number: (name, category) for number, name, category in rows}
-        listed = [item.item_id for item in shown.items] if isinstance(shown, RecommendationScores) else []
-        categories = items.categories_of(connection, listed)
+        known = {number: (item, category) for number, item, category in rows}
+        categories = items.categories_of(connection, _items(shown))
     return Person(
         user_id=user_id,
-        support=tuple(_example(names, each) for each in sets.examples[::-1]),
+        support=tuple(_example(known, each) for each in sets.examples[::-1]),
         support_version=int(versions[0]) if len(versions) else None,
         model_version=release.version if release else None,
         recommendations=shown if isinstance(shown, RecommendationScores) else None,
         before=before if isinstance(before, RecommendationScores) else None,
         ads=ads if isinstance(ads, AdScores) else None,
         categories=categories,
+        names=names.of([*(item for item, _ in known.values()), *_items(shown), *_items(before), *_items(ads)]),
+        notice=names.notice,
     )
 
 
-def _example(names: dict[int, tuple[str, str | None]], example: np.void) -> Example:
-    name, category = names[int(example["item"])]
-    return Example(as_time(int(example["time"])), _TYPES[int(example["type"])], name, category or "")
+def _items(record: Record | None) -> list[str]:
+    """What a list names, best first."""
+    if record is None:
+        return []
+    return [each.item_id for each in (record.ads if isinstance(record, AdScores) else record.items)]
+
+
+def _example(known: dict[int, tuple[str, str | None]], example: np.void) -> Example:
+    item, category = known[int(example["item"])]
+    return Example(as_time(int(example["time"])), _TYPES[int(example["type"])], item, category or "")
 
 
 def as_time(epoch_ms: int) -> str:

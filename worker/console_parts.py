@@ -11,6 +11,15 @@ COLOURS = {"ok": "positive", "warning": "warning", "stalled": "negative", "stopp
 GREY = "#84898f"
 # Readable on white and on black, and told apart by colour-blind people (Okabe and Ito, 2008).
 PALETTE = ["#0072b2", "#e69f00", "#009e73"]
+# The library's template language writes what is between the braces as text, never as markup.
+_NAMED_CELL = """
+<q-td :props="props">
+  <div class="whitespace-normal break-words min-w-[8rem] max-w-[11rem] sm:max-w-[22rem]">
+    {{ props.row.name || props.value }}
+  </div>
+  <div v-if="props.row.name" class="text-xs opacity-70">{{ props.value }}</div>
+</q-td>
+"""
 _FAINT = {"color": GREY, "opacity": 0.25}
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 _FEW = 10
@@ -28,6 +37,7 @@ class Table:
     def __init__(
         self, title: str, *columns: str, numbers: Sequence[str] = (), test: str, page: int = 10, wrap: bool = False
     ) -> None:
+        """A column `item` shows the row's `name`, where there is one, above the item's id."""
         named = [
             {"name": name, "label": name, "field": name, "align": "right" if name in numbers else "left"}
             for name in columns
@@ -37,6 +47,8 @@ class Table:
         self._table.classes("w-full").props(f"dense flat bordered hide-pagination data-test={test}")
         if wrap:
             self._table.props("wrap-cells")
+        if "item" in columns:
+            self._table.add_slot("body-cell-item", _NAMED_CELL)
 
     def show(self, rows: list[dict[str, Any]]) -> None:
         """Each row has a `key` of its own."""

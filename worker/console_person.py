@@ -1,6 +1,7 @@
 """The console's look-up of one user: what is stored, what is published, and what the last change did."""
 
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 from nicegui import run, ui
@@ -18,7 +19,7 @@ class PersonCard:
     """Laid out where it is made; `find` is called in a thread."""
 
     def __init__(self, find: Callable[[str], Person]) -> None:
-        self._find, self._example = find, ""
+        self._find, self._example, self._asked = find, "", 0
         with ui.card().props("flat bordered").classes("w-full"):
             heading("A user", level=3)
             with ui.row().classes("items-center gap-2"):
@@ -36,30 +37,38 @@ class PersonCard:
 
     async def _find_user(self) -> None:
         user = (self._user.value or "").strip()
+        self._asked += 1
+        asked = self._asked
         self._person.clear()
         if not user:
             return
         with self._person:
-            waits = ui.spinner()
-            try:
-                person = await run.io_bound(self._find, user)
-            except InnerloopError as error:
-                _say(str(error))
-            except Exception as error:  # noqa: BLE001 - whatever it was, the viewer is told
-                _LOG.exception("not looked up")
-                _say(f"The user cannot be looked up ({type(error).__name__}): the console's log says more.")
-            else:
-                if person is not None:  # else the server stops
-                    _show_person(person)
-            finally:
-                waits.delete()
+            ui.spinner()
+        show = await self._answer(user)
+        if asked == self._asked:  # else somebody was asked for meanwhile
+            self._person.clear()
+            with self._person:
+                show()
+
+    async def _answer(self, user: str) -> Callable[[], None]:
+        """What shows the user, or why the user cannot be shown."""
+        try:
+            person = await run.io_bound(self._find, user)
+        except InnerloopError as error:
+            return partial(_say, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it was, the viewer is told
+            _LOG.exception("not looked up")
+            return partial(_say, f"The user cannot be looked up ({type(error).__name__}): the console's log says more.")
+        return partial(_show_person, person)
 
 
 def _say(sentence: str) -> None:
     ui.label(sentence).classes("text-negative").props("role=alert")
 
 
-def _show_person(person: Person) -> None:
+def _show_person(person: Person | None) -> None:
+    if person is None:  # the server stops
+        return
     if person.support_version is None and person.recommendations is None:
         ui.label(f"Nothing is stored or published of user {person.user_id}.")
         return
@@ -69,6 +78,7 @@ def _show_person(person: Person) -> None:
             ui.label(_verdict(person)).classes("font-bold")
         ui.label(_chain(person))
         ui.label(_change(person)).props("data-test=change")
+        ui.label(person.notice).classes("text-sm opacity-80").props("data-test=names")
     with ui.grid().classes("w-full grid-cols-1 lg:grid-cols-2 gap-4 items-start"):
         listed = Table(
             "Recommendations", "rank", "item", "change", "score", "category", numbers=["rank", "score"], test="listed"
@@ -79,6 +89,7 @@ def _show_person(person: Person) -> None:
                     "key": item.item_id,
                     "rank": place,
                     "item": item.item_id,
+                    "name": person.names.get(item.item_id),
                     "category": person.categories.get(item.item_id, ""),
                     "score": f"{item.score:.4f}",
                     "change": _moved(person, item.item_id),
@@ -88,7 +99,12 @@ def _show_person(person: Person) -> None:
         )
         with ui.column().classes("w-full gap-4"):
             support = Table("Support set, newest first", "time", "event", "item", "category", test="support")
-            support.show([{"key": place, **each.__dict__} for place, each in enumerate(person.support)])
+            support.show(
+                [
+                    {"key": place, **each.__dict__, "name": person.names.get(each.item)}
+                    for place, each in enumerate(person.support)
+                ]
+            )
             _show_ads(person)
 
 
@@ -99,7 +115,14 @@ def _show_ads(person: Person) -> None:
     ads = Table(f"Ads, {kind}", "rank", "ad", "item", "score", numbers=["rank", "score"], test="ads")
     ads.show(
         [
-            {"key": ad.ad_id, "rank": place, "ad": ad.ad_id, "item": ad.item_id, "score": f"{ad.score:.4f}"}
+            {
+                "key": ad.ad_id,
+                "rank": place,
+                "ad": ad.ad_id,
+                "item": ad.item_id,
+                "name": person.names.get(ad.item_id),
+                "score": f"{ad.score:.4f}",
+            }
             for place, ad in enumerate(person.ads.ads, 1)
         ]
     )
@@ -133,9 +156,9 @@ def _change(person: Person) -> str:
     last, moved = person.support[0], person.moved.values()
     new, up = sum(each is None for each in moved), sum(each is not None and each > 0 for each in moved)
     down, gone = sum(each is not None and each < 0 for each in moved), person.gone
-    named = ", ".join(gone[:_NAMED]) + (", ..." if len(gone) > _NAMED else "")
+    named = ", ".join(map(person.called, gone[:_NAMED])) + (", ..." if len(gone) > _NAMED else "")
     return (
-        f"After the {last.event} on {last.item} at {last.time}, against the list of support version"
+        f"After the {last.event} on {person.called(last.item)} at {last.time}, against the list of support version"
         f" {person.before.support_version}: {new} new, {up} up, {down} down, {len(gone)} gone"
         f"{f' ({named})' if gone else ''}."
     )

@@ -3,6 +3,7 @@
 import msgspec
 
 from innerloop.config import Settings
+from innerloop.errors import ServiceError
 from innerloop.evaluation.quality_record import AtCutoff, Group, QualityWindow
 from innerloop.streams.tail import Tail
 
@@ -22,18 +23,24 @@ class WindowReader:
     def close(self) -> None:
         if self._tail is not None:
             self._tail.close()
+            self._tail = None
 
     def read(self) -> tuple[QualityWindow, ...]:
         """Those of the hour before the newest one's end, each once, oldest first; what others wrote is left out.
 
-        Raises ServiceError without the topic.
+        Raises ServiceError without the topic, or the right to read it.
         """
+        last = _TWICE * (_HOUR_MS // (1000 * self._settings.quality.window_seconds) + 1)
         if self._tail is None:
-            last = _TWICE * (_HOUR_MS // (1000 * self._settings.quality.window_seconds) + 1)
             self._tail = Tail(self._settings, self._settings.topics.quality_windows, last=last)
-        for value in self._tail.new():
+        try:
+            records = self._tail.new(last)
+        except ServiceError:
+            self.close()
+            raise
+        for record in records:
             try:
-                window = self._decode(value)
+                window = self._decode(record.value or b"")
             except msgspec.MsgspecError:
                 continue
             self._windows[window.window_start] = window

@@ -28,6 +28,7 @@ from innerloop.streams.offsets import end_offsets
 from innerloop.streams.topics import ensure_topics
 
 from .demo_live import Subscriber
+from .demo_names import publish_items
 from .demo_source import Source, file_source, shop_source
 from .demo_table import Tick, table, tick_line
 from .pool import Pool
@@ -101,6 +102,7 @@ def _run(settings: Settings, options: DemoOptions, rate: float | None, console: 
         migrate(engine)
         ensure_topics(settings)
         source = _source(options)
+        publish_items(settings, source.items)
         console.print(
             f"== training on {len(source.history):,} events of {source.name} {_since(started)}", highlight=False
         )

@@ -1,6 +1,6 @@
 """Where the demo's events come from: the synthetic shop, or the later part of a file whose earlier part trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
 from innerloop.evaluation.shop import Shop
 from innerloop.events import CODES
+from innerloop.shop_items import Item
+
+from .demo_names import named
 
 _SHOP_HISTORY = 100_000
 _CHUNK = 2_000
@@ -25,12 +28,14 @@ class Source:
     live: Iterator[pl.DataFrame]
     total: int | None
     """How many live events there are; None when they do not end."""
+    items: Iterable[Item] = ()
+    """What the shop says of its items; a file of events has no names."""
 
 
 def shop_source(seed: int, now_ms: int) -> Source:
     """The synthetic shop; its clock begins early enough that a long demo does not run ahead of the real one."""
     shop = Shop(seed, start=now_ms - 52 * _WEEK_MS)
-    return Source("the synthetic shop", shop.history(_SHOP_HISTORY), shop.stream(), None)
+    return Source("the synthetic shop", shop.history(_SHOP_HISTORY), shop.stream(), None, named(shop.catalogue()))
 
 
 def file_source(path: Path, columns: Mapping[str, str], share: float, limit: int | None) -> Source:

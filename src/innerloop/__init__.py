@@ -12,6 +12,7 @@ The way of the data, and where each step is:
     adapt.py             requests become score records
     scores.py            the messages out
     holdout.py           who gets the unadapted list, for comparison
+    shop_items.py        what the shop calls its items, for people who look
     client.py            reading them, for downstream services
 
     streams/             Kafka        store/         Postgres

@@ -234,7 +234,7 @@ class ScoreReader:
             return True
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own name
             self._advance(message)
-        elif error.fatal() or error.code() in _HOPELESS:
+        elif error.fatal() or error.code() in clients.HOPELESS:
             raise ServiceError(f"{self.topic} cannot be read: {error.str()}.")
         else:
             _LOG.warning("reading %s: %s; trying again", self.topic, error.str())
@@ -291,17 +291,6 @@ class ScoreReader:
             if view is not None:
                 self._retired[0] += view.stale_dropped
                 self._retired[1] += view.undecodable
-
-
-_HOPELESS = frozenset(
-    {
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001 - librdkafka's own name
-        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-    }
-)
 
 
 def newest(where: Settings | str, model: Model, user_id: str, timeout: float = 30.0) -> Record | None:

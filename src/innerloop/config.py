@@ -57,6 +57,7 @@ class TopicSettings(_Section):
     releases: str = "models.releases"
     erasures: str = "privacy.erasures"
     quality_windows: str = "quality.windows"
+    items: str = "catalog.items"
     partitions: Positive = 4
     replication_factor: Positive = 1
 
@@ -198,6 +199,8 @@ class ConsoleSettings(_Section):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
     targets: tuple[Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")], ...] = ()
     """host:port of the processes' listeners, for latency and what they do; a name may stand for several addresses."""
+    named_items: Positive = 2_000_000
+    """Most items whose names are kept, in a temporary file of about 100 bytes each; others are shown by their ids."""
 
 
 class Settings(BaseSettings):

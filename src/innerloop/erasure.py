@@ -14,20 +14,18 @@ import msgspec
 import numpy as np
 
 from innerloop.errors import DeadLetterError, Reason
-from innerloop.events import EpochMilliseconds, decode_with
+from innerloop.events import NO_NUL, EpochMilliseconds, decode_with
 from innerloop.store import erasures
 from innerloop.store.database import Transaction
 from innerloop.store.erasures import Erased
 from innerloop.store.support_sets import SupportConflictError
 from innerloop.support import Ints
 
-_NO_NUL = "^[^\\x00]*$"
-
 
 class Erasure(msgspec.Struct, frozen=True):
     """A request to forget a user, as the wire contract (`schemas/erasure.v1.json`) has it."""
 
-    user_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=_NO_NUL)]
+    user_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=NO_NUL)]
     requested_at: EpochMilliseconds
 
 

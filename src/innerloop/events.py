@@ -10,6 +10,8 @@ import msgspec
 from innerloop.errors import DeadLetterError, Reason
 
 MAX_IDENTIFIER_BYTES = 256
+NO_NUL = "^[^\\x00]*$"
+"""Of text that Postgres shall store."""
 Message = TypeVar("Message")
 
 

@@ -165,8 +165,8 @@ class _Windows:
             event = json.dumps(_event(f"{now}-{partition}", "purchase", "passer-by", "item", now))
             self._producer.produce(self._purchases, event, "passer-by", partition=partition)
         self._producer.flush(10.0)
-        for value in self._tail.new():
-            window = msgspec.json.decode(value, type=QualityWindow)
+        for record in self._tail.new(_KEPT):
+            window = msgspec.json.decode(record.value or b"", type=QualityWindow)
             self._told[window.window_start] = window.clicks + window.late
         return sum(self._told.values())
 

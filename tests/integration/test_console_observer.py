@@ -20,6 +20,7 @@ from innerloop.streams import clients
 from innerloop.streams.dead_letter_queue import DeadLetterQueue
 from innerloop.streams.dead_letters import DeadLetter
 from innerloop.streams.offsets import LogEnds
+from innerloop.streams.tail import Tail
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.console_observer import Observer
 from innerloop.worker.console_quality import WindowReader
@@ -214,6 +215,25 @@ def test_a_window_counts_once_as_it_was_told_last_and_for_an_hour(settings: Sett
     until(lambda: [each.clicks for each in reader.read()] == [3, 2])
     send(settings, topic, msgspec.json.encode(window(first + HOUR, 4)))
     until(lambda: [each.clicks for each in reader.read()] == [2, 4])
+    reader.close()
+
+
+def test_windows_that_could_not_be_read_are_read_from_where_they_are(
+    settings: Settings, engine: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ServiceError("It cannot be read.")
+
+    assert engine
+    reader = WindowReader(settings)
+    send(settings, settings.topics.quality_windows, msgspec.json.encode(window(1_750_000_000_000, 1)))
+    until(lambda: [each.clicks for each in reader.read()] == [1])
+    with monkeypatch.context() as patched:
+        patched.setattr(Tail, "new", fails)
+        with pytest.raises(ServiceError, match="cannot be read"):
+            reader.read()
+    send(settings, settings.topics.quality_windows, msgspec.json.encode(window(1_750_000_060_000, 2)))
+    until(lambda: [each.clicks for each in reader.read()] == [1, 2])
     reader.close()
 
 

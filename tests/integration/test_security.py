@@ -45,6 +45,7 @@ from innerloop.client import newest
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings
 from innerloop.errors import RetryError, ServiceError, SettingsError, StopError
 from innerloop.evaluation.shop import Shop
+from innerloop.shop_items import Item
 from innerloop.store.database import connect, require_tables, transaction
 from innerloop.store.migrate import grant, migrate
 from innerloop.store.tables import metadata
@@ -53,7 +54,10 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.offsets import LogEnds
 from innerloop.streams.watch import OutputWatch
+from innerloop.worker import console_names
 from innerloop.worker.cli import app
+from innerloop.worker.console_names import Names
+from innerloop.worker.demo_names import publish_items
 
 CANARIES = (PASSWORD, KEY_PASSWORD, "canary-of-an-ssl-password")
 
@@ -225,6 +229,32 @@ def test_a_watch_that_may_not_read_is_no_watch_and_says_so(secured: Secured) -> 
             AclBindingFilter(*place, f"User:{USER}", "*", AclOperation.READ, AclPermissionType.DENY)
         )
         watch.close()
+
+
+def test_names_that_may_not_be_read_are_ids_and_the_console_says_why(
+    secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_names, "_AGAIN_SECONDS", 0.0)
+    settings = secured.settings()
+    publish_items(secured.settings(SHOP), [Item("a", "A name")])
+    names = Names(settings)
+
+    def turned(says: str) -> bool:
+        names.read()
+        return says in names.notice
+
+    place = (ResourceType.TOPIC, settings.topics.items, ResourcePatternType.LITERAL)
+    for operation, says in ((AclOperation.READ, "OPERATIONS.md"), (AclOperation.ALL, "authorization failed")):
+        rule = (*place, f"User:{USER}", "*", operation, AclPermissionType.DENY)
+        secured.kafka.allow([AclBinding(*rule)])
+        try:
+            wait_for(lambda says=says: turned(says))  # type: ignore[misc]
+            assert "shown by their ids" in names.notice
+            assert names.of(["a"]) == {}
+        finally:
+            secured.kafka.no_longer(AclBindingFilter(*rule))
+    wait_for(lambda: turned("") and names.of(["a"]) == {"a": "A name"} and names.notice == "")
+    names.close()
 
 
 def test_migrate_is_for_the_owner_alone(shell: Shell) -> None:

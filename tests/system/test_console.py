@@ -31,6 +31,7 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.lag import group_lag
 from innerloop.streams.offsets import end_offsets
 from innerloop.streams.whole_topic import whole_topic
+from innerloop.worker.demo_names import named, publish_items
 from innerloop.worker.scrape import Scraped, scrape
 from innerloop.worker.watched_process import free_ports
 
@@ -49,6 +50,11 @@ FRAMED = """() => {
     return framed(document.activeElement) || framed(field)
 }"""
 """Whether it is seen what has the focus: of a field, its frame tells."""
+ODD_NAMES = (
+    "跑鞋, حذاء الجري",
+    "<img src=x onerror=alert(1)> {{ 7 * 7 }} & Sons",
+    "A name that goes on for longer than any cell is wide, and has " + "W" * 100,
+)
 IN_PARALLEL = 30
 """Other users, in both arms, whose clicks quality judges."""
 
@@ -209,7 +215,9 @@ def test_the_page_tells_the_truth(console: str, browser: Browser, loop: Loop, wa
     the_tables_are_as_the_broker_and_the_database_say(page, loop)
     the_quality_is_as_it_was_told(page, loop, wait_for)
     the_user_is_as_stored_and_published(page, loop)
-    a_click_moves_the_list(page, loop, wait_for)
+    names = the_items_have_the_names_that_the_shop_tells(page, loop)
+    a_click_moves_the_list(page, loop, names, wait_for)
+    who_asks_twice_has_one_answer(page)
     the_plots_are_what_was_measured(page, loop, wait_for)
     photograph(page, "desktop-light")
     assert all(url.startswith((console, console.replace("http", "ws"), "data:")) for url in asked), asked
@@ -335,7 +343,51 @@ def the_user_is_as_stored_and_published(page: Page, loop: Loop) -> None:
     assert set(column(page, "support", "event")) == {"click"}
 
 
-def a_click_moves_the_list(page: Page, loop: Loop, wait_for: Wait) -> None:
+def the_items_have_the_names_that_the_shop_tells(page: Page, loop: Loop) -> dict[str, str]:
+    """Which are of any length and alphabet, and may look like markup; an item may have none."""
+    expect(page.locator("[data-test=names]")).to_contain_text(f"Topic {loop.settings.topics.items} holds no names")
+    shown, ads = newest(loop.settings, "recommendations", USER), newest(loop.settings, "ads", USER)
+    assert isinstance(shown, RecommendationScores)
+    assert isinstance(ads, AdScores)
+    told = list(named(Shop(1, users=100, items=60).catalogue()))
+    odd = dict(zip((item.item_id for item in shown.items), ODD_NAMES, strict=False))
+    bare = shown.items[len(ODD_NAMES)].item_id
+    items = [msgspec.structs.replace(item, name=odd.get(item.item_id, item.name)) for item in told]
+    publish_items(loop.settings, [item for item in items if item.item_id != bare])
+    names = {item.item_id: item.name for item in items if item.item_id != bare}
+
+    def all_is_known() -> bool:
+        expect(look_up(page, "")).to_have_count(0)
+        expect(look_up(page, USER)).to_be_visible()
+        return not page.locator("[data-test=names]").inner_text()
+
+    loop.wait_for(all_is_known, 60)
+    assert named_items(page, "listed") == [(names.get(each.item_id), each.item_id) for each in shown.items[:10]]
+    assert named_items(page, "ads") == [(names.get(each.item_id), each.item_id) for each in ads.ads]
+    assert named_items(page, "support") == [(names.get(item), item) for item in loop.items[::-1][:10]]
+    assert {name for name, _ in named_items(page, "listed")} >= {None, *ODD_NAMES}
+    return names
+
+
+def who_asks_twice_has_one_answer(page: Page) -> None:
+    look_up(page, "nobody")
+    look_up(page, USER)
+    expect(look_up(page, USER)).to_be_visible()
+    expect(page.locator(".q-spinner")).to_have_count(0)
+    expect(page.locator("[data-test=chain]")).to_have_count(1)
+    expect(page.get_by_text("Nothing is stored or published of user nobody")).to_have_count(0)
+
+
+def named_items(page: Page, table: str) -> list[tuple[str | None, str]]:
+    """The names of a table's items, where they have one, and the ids."""
+    rows = page.locator(f"[data-test={table}]")
+    place = rows.locator("thead th").all_text_contents().index("item") + 1
+    cells = rows.locator(f"tbody tr td:nth-child({place})").all()
+    parts = [[part.strip() for part in cell.locator("div").all_text_contents()] for cell in cells]
+    return [(each[0] if len(each) > 1 else None, each[-1]) for each in parts]
+
+
+def a_click_moves_the_list(page: Page, loop: Loop, names: dict[str, str], wait_for: Wait) -> None:
     loop.send(USER, loop.items[0])
     wait_for(lambda: loop.listed(EVENTS + 1), 120)
     shown, before = newest_two(loop.settings, "recommendations", USER)
@@ -351,7 +403,11 @@ def a_click_moves_the_list(page: Page, loop: Loop, wait_for: Wait) -> None:
         word = f"up {risen}" if risen > 0 else f"down {-risen}" if risen < 0 else "same"
         moves.append(word if item.item_id in places else "new")
     assert column(page, "listed", "change") == moves[:10]
-    expect(page.locator("[data-test=change]")).to_contain_text(f"After the click on {loop.items[0]}")
+    expect(page.locator("[data-test=change]")).to_contain_text(
+        f"After the click on {names[loop.items[0]]} ({loop.items[0]})"
+        if loop.items[0] in names
+        else f"After the click on {loop.items[0]} at"
+    )
     counted = Counter(move.split()[0] for move in moves)
     expect(page.locator("[data-test=change]")).to_contain_text(f"{counted['up']} up, {counted['down']} down")
 

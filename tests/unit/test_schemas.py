@@ -14,6 +14,7 @@ from innerloop.errors import DeadLetterError
 from innerloop.evaluation.quality_record import QualityWindow
 from innerloop.events import Event, decode
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
+from innerloop.shop_items import Item, decode_item
 from innerloop.streams.topics import catalogue
 
 HERE = Path(schemas.__file__).parent
@@ -26,6 +27,7 @@ STRUCTS = {
     "recommendation_scores": RecommendationScores,
     "ad_scores": AdScores,
     "quality_window": QualityWindow,
+    "item": Item,
 }
 
 
@@ -121,6 +123,45 @@ def test_schema_and_decoder_take_the_same_events(field: str, value: object) -> N
     decode_as("event", event)
 
 
+WRONG_ITEMS: list[tuple[str, object]] = [
+    *[("item_id", value) for value in ("", 7, None, "x" * 257, "a\0b")],
+    *[("name", value) for value in ("", 7, None, "x" * 513, "a\0b", ["a"])],
+    *[("category", value) for value in ("", 7, "x" * 257, "a\0b")],
+    *[("price", value) for value in NO_NUMBERS],
+    *[("url", value) for value in (7, "x" * 2049, "a\0b")],
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_ITEMS)
+def test_schema_and_decoder_refuse_the_same_items(field: str, value: object) -> None:
+    item = json.loads((HERE / "examples/item.whole.json").read_text()) | {field: value}
+    assert not validator("item").is_valid(item)
+    with pytest.raises(DeadLetterError):
+        decode_item(str(item["item_id"]).encode(), json.dumps(item).encode())
+
+
+RIGHT_ITEMS: list[tuple[str, object]] = [
+    *[("name", value) for value in ("x" * 512, " ", "<b>&amp;</b>", "\u20ac")],
+    *[(field, None) for field in ("category", "price", "url")],
+    *[("price", value) for value in (0, -1, 3.5)],
+    ("url", ""),
+    ("colour", {"of": ["any", "kind"]}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), RIGHT_ITEMS)
+def test_schema_and_decoder_take_the_same_items(field: str, value: object) -> None:
+    item = json.loads((HERE / "examples/item.whole.json").read_text()) | {field: value}
+    validator("item").validate(item)
+    assert decode_item(item["item_id"].encode(), json.dumps(item).encode()).name == item["name"]
+
+
+@pytest.mark.parametrize("key", [None, b"", b"another", b"4711 ", b"\xff"])
+def test_an_item_under_another_key_is_none(key: bytes | None) -> None:
+    with pytest.raises(DeadLetterError, match="is not the record's key"):
+        decode_item(key, (HERE / "examples/item.whole.json").read_bytes())
+
+
 @pytest.mark.parametrize("name", STRUCTS)
 def test_struct_and_schema_have_the_same_fields(name: str) -> None:
     schema, fields = schemas.load(name), msgspec.structs.fields(STRUCTS[name])  # type: ignore[arg-type] # every value is a struct
@@ -158,7 +199,7 @@ def test_a_topic_names_a_schema_and_has_a_configuration(field: str) -> None:
     topic = catalogue()[field]
     assert (HERE / f"{topic.schema}.json") in SCHEMAS
     assert topic.config["cleanup.policy"] in ("compact", "delete")
-    assert topic.compacted == (field in ("recommendations", "ads", "releases"))
+    assert topic.compacted == (field in ("recommendations", "ads", "releases", "items"))
     assert topic.compacted or int(topic.config["retention.ms"]) >= 86_400_000
     assert topic.written_by
     assert topic.read_by

@@ -137,8 +137,8 @@ def _differences(
             sentences.append(f"Topic {name} has {there} partitions, {than} than the {wanted} set; it stays so.")
         if name in policies and "compact" not in policies[name]:
             sentences.append(
-                f"Topic {name} has cleanup.policy={policies[name]}: users who stay away lose their records, "
-                "and erased ones stay; set it to compact."
+                f"Topic {name} has cleanup.policy={policies[name]}: keys without new records lose the last one, "
+                "and removed ones stay; set it to compact."
             )
     return sentences
 
