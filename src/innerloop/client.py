@@ -23,6 +23,8 @@ from innerloop.errors import RetryError, ServiceError
 from innerloop.score_view import Record, ScoreView, Tombstone
 from innerloop.scores import Model
 from innerloop.streams import clients
+from innerloop.streams.lost_brokers import BrokerCheck
+from innerloop.streams.waiting import close
 
 __all__ = ["Record", "ScoreReader", "Tombstone", "newest"]
 
@@ -79,7 +81,8 @@ class ScoreReader:
         self._handled: dict[int, int] = {}  # by partition: the offset to commit
         self._committed_at = time.monotonic()
         self._stopped = False
-        self._consumer: Consumer | None = self._opened(partitions)
+        self._wanted, self._brokers = partitions, BrokerCheck(self._kafka)
+        self._consumer: Consumer | None = self._opened()
 
     def __enter__(self) -> Self:
         return self
@@ -182,7 +185,7 @@ class ScoreReader:
                 )
             self.refresh(min(left, _STEP_SECONDS))
 
-    def _opened(self, partitions: Collection[int] | None) -> Consumer:
+    def _opened(self) -> Consumer:
         consumer = clients.consumer(
             self._kafka,
             self._group or "innerloop-reader",  # without a group it is a name only: nothing is joined or committed
@@ -191,7 +194,7 @@ class ScoreReader:
         try:
             count = _partition_count(consumer, self._kafka, self.topic)
             if self._group is None:
-                self._assign(consumer, count, range(count) if partitions is None else partitions)
+                self._assign(consumer, count, range(count) if self._wanted is None else self._wanted)
             else:
                 consumer.subscribe([self.topic], on_revoke=self._revoked, on_lost=self._lost)
         except BaseException:
@@ -223,10 +226,25 @@ class ScoreReader:
         if self._pending:
             return
         first = consumer.poll(timeout)
+        if first is not None:
+            self._brokers.heard()
+        elif self._brokers.lost(consumer):
+            self._reopen(consumer)
+            return
         if first is not None and self._is_record(first):
             self._pending.append(first)  # before `consume`, in which its partition may be revoked
         if first is not None:
             self._pending.extend(each for each in consumer.consume(_BATCH, 0.0) if self._is_record(each))
+
+    def _reopen(self, lost: Consumer) -> None:
+        """Begin again with another consumer; what is known already changes nobody."""
+        try:
+            self._consumer = self._opened()
+        except ServiceError:
+            return  # away again; asked again in five seconds
+        _LOG.warning("reading %s anew: its consumer had lost every broker of a cluster that is there", self.topic)
+        self._handled.clear()  # a group's next member sees these again
+        close(lost)
 
     def _is_record(self, message: Message) -> bool:
         error = message.error()

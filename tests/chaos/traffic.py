@@ -8,13 +8,15 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from world import ADS
 
 from innerloop.config import Settings
 from innerloop.streams import clients
+from innerloop.streams.lost_brokers import has_lost_brokers
 from innerloop.streams.publisher import Headers
 
 HOT = "hot"
@@ -35,6 +37,7 @@ _LOOK_SECONDS = 0.25
 _FLUSH_SECONDS = 120.0
 _PATIENCE_SECONDS = 8.0
 _MOST_ERRORS = 10
+_PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 _LEAST_BACKLOG, _MOST_BACKLOG = 20_000, 80_000
 
 Sent = tuple[str, str, bytes | None, int]
@@ -161,12 +164,14 @@ class Traffic(threading.Thread):
         super().__init__(name="traffic", daemon=True)
         self._rng = random.Random(seed)
         self._records = Records(settings, self._rng, users=users, items=items)
-        self._producers: list[Producer] = [
-            clients.producer(settings.kafka, self._failed, linger_ms=5) for _ in range(PRODUCERS)
-        ]
+        self._kafka = settings.kafka
+        self._producers = [self._new_producer(number) for number in range(PRODUCERS)]
         self._skews = [self._rng.choice(SKEWS_MS) for _ in range(PRODUCERS)]
         self.most_per_second, self.rate = most_per_second, min(4_000.0, most_per_second)
-        self.sent = self.woken = 0
+        self.sent = self.renewed = 0
+        self.again = 0
+        """Records sent a second time, by another producer: of these both may be on the topics."""
+        self._lost: list[Message] = []
         self._waiting = [(0, 0.0)] * PRODUCERS
         self.backlog: Callable[[], int | None] = lambda: None
         self.errors: list[str] = []
@@ -188,11 +193,11 @@ class Traffic(threading.Thread):
                 if time.monotonic() - looked > _LOOK_SECONDS:
                     looked = time.monotonic()
                     self._adapt_rate()
-                    self._wake()
+                    self._renew()
                 self._halt.wait(max(0.0, due - time.monotonic()))
             until = time.monotonic() + _FLUSH_SECONDS
             while (left := sum(producer.flush(1) for producer in self._producers)) and time.monotonic() < until:
-                self._wake()
+                self._renew()
             if left:
                 self.errors.append(f"{left} records of the producer never arrived.")
         except (KafkaException, BufferError) as error:
@@ -235,18 +240,37 @@ class Traffic(threading.Thread):
         elif backlog < _LEAST_BACKLOG:
             self.rate = min(self.most_per_second, self.rate * 1.05)
 
-    def _wake(self) -> None:
-        """A producer that only gets fuller has lost its broker, see `look_for_brokers`."""
+    def _new_producer(self, number: int) -> Producer:
+        return clients.producer(self._kafka, partial(self._failed, number), linger_ms=5)
+
+    def _renew(self) -> None:
+        """A producer that only gets fuller may have lost its brokers: then another one sends what it still has."""
         now = time.monotonic()
         for number, producer in enumerate(self._producers):
             count, since = self._waiting[number]
             if not count or len(producer) < count:
                 self._waiting[number] = len(producer), now
             elif now - since > _PATIENCE_SECONDS:
-                self.woken += 1
-                clients.look_for_brokers(producer)
                 self._waiting[number] = len(producer), now
+                if has_lost_brokers(producer, self._kafka):
+                    self._replace(number)
 
-    def _failed(self, error: object, _message: object = None) -> None:
-        if error is not None and len(self.errors) < _MOST_ERRORS:
-            self.errors.append(f"A produced record did not arrive: {error}.")
+    def _replace(self, number: int) -> None:
+        lost, self._producers[number] = self._producers[number], self._new_producer(number)
+        lost.purge()
+        lost.flush(_PATIENCE_SECONDS)  # tells of each record that it did not arrive
+        self.renewed += 1
+        self.again += len(self._lost)
+        for message in self._lost:
+            sent = message.topic() or "", (message.key() or b"").decode(), message.value(), message.partition() or 0
+            headers: Headers = list(message.headers() or [])
+            self._produce(self._producers[number], sent, message.timestamp()[1], headers)
+        self._lost = []
+
+    def _failed(self, number: int, error: KafkaError | None, message: Message | None = None) -> None:
+        if error is None:
+            return
+        if message is not None and error.code() in _PURGED:
+            self._lost.append(message)
+        elif len(self.errors) < _MOST_ERRORS:
+            self.errors.append(f"A record of producer {number} did not arrive: {error}.")

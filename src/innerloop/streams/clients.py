@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,6 @@ HOPELESS = FORBIDDEN | {
     KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
 }
 """Codes with which a topic gives nothing to a consumer, however long it waits."""
-_LOOK_SECONDS = 0.5
 _LOG = logging.getLogger("librdkafka")
 _LOG.addFilter(Repeats())
 
@@ -159,16 +157,6 @@ def producer(
         # Only failures are reported: a callback for each success would cost more than the record.
         config |= {"on_delivery": on_failure, "delivery.report.only.error": True}
     return _made(Producer, config)
-
-
-def look_for_brokers(producer: Producer) -> None:
-    """Ask for the cluster again; whoever waits for a broker calls this now and then.
-
-    librdkafka 2.16 forgets a broker that a cluster does not list while it starts. A producer that only waits then asks
-    nobody any more, and what it holds would stay with it for good.
-    """
-    with suppress(KafkaException):  # away: its caller tries again
-        producer.list_topics(timeout=_LOOK_SECONDS)
 
 
 def admin(settings: KafkaSettings) -> AdminClient:

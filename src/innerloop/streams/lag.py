@@ -15,7 +15,9 @@ from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.scores import AdaptationRequest
 from innerloop.streams import clients
+from innerloop.streams.lost_brokers import BrokerCheck, has_lost_brokers
 from innerloop.streams.topics import partition_counts
+from innerloop.streams.waiting import close
 
 Partition = tuple[str, int]
 
@@ -65,16 +67,19 @@ class LagReader:
     """Reads lag again and again, over open connections: about a millisecond a time where nothing lags."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._brokers = settings, BrokerCheck(settings.kafka)
         self.admin: AdminClient = clients.admin(settings.kafka)
-        """Open as long as this reader: for who asks the broker more."""
+        """For who asks the broker more."""
         self._counts: dict[str, int] = {}
         self._counted_at = float("-inf")
         self._since: dict[Partition, tuple[int, float | None]] = {}  # offset asked for, since when it waits (epoch s)
         self._decode = msgspec.json.Decoder(AdaptationRequest).decode
         self._of_groups: dict[str, Consumer] = {}
-        self._consumer = clients.consumer(
-            settings.kafka,
+        self._consumer = self._new_consumer()
+
+    def _new_consumer(self) -> Consumer:
+        return clients.consumer(
+            self._settings.kafka,
             "innerloop-lag",  # a name only: it neither joins nor commits
             enable_partition_eof=True,
             queued_min_messages=1,  # one record of each partition is wanted, not the log
@@ -94,7 +99,18 @@ class LagReader:
 
     def close(self) -> None:
         for consumer in (self._consumer, *self._of_groups.values()):
-            consumer.close()
+            close(consumer)
+
+    def _renew_what_is_lost(self) -> None:
+        """Other clients for those that can do nothing any more."""
+        kafka = self._settings.kafka
+        if has_lost_brokers(self.admin, kafka):
+            self.admin = clients.admin(kafka)
+        if has_lost_brokers(self._consumer, kafka):
+            close(self._consumer)
+            self._consumer = self._new_consumer()
+        for group in [group for group, each in self._of_groups.items() if has_lost_brokers(each, kafka)]:
+            close(self._of_groups.pop(group))
 
     def read(self, group: str, topics: Iterable[str]) -> list[PartitionLag]:
         """Give the lag of `group` over every partition of `topics`, in order.
@@ -109,9 +125,11 @@ class LagReader:
                 return self._read(group, partitions)
             except KafkaException as error:  # a leader or coordinator is moving
                 if error.args[0].code() not in _MOVING or time.monotonic() > deadline:
+                    self._renew_what_is_lost()
                     raise self._unanswered(error.args[0].str()) from None
                 time.sleep(0.05)
             except TimeoutError:
+                self._renew_what_is_lost()
                 raise self._unanswered("no answer in time") from None
 
     def _read(self, group: str, partitions: list[Partition]) -> list[PartitionLag]:
@@ -199,6 +217,10 @@ class LagReader:
             elif (message.offset() or 0) >= ends[each]:
                 nothing.add(each)
         self._consumer.unassign()
+        if waiting.keys() != offsets.keys():
+            self._brokers.heard()
+        elif waiting and self._brokers.lost(self._consumer):
+            self._renew_what_is_lost()
         return nothing
 
     def _waits_since(self, message: Message) -> float | None:

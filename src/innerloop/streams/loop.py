@@ -25,6 +25,7 @@ from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.streams import clients
 from innerloop.streams.batch import Batch, Partition
+from innerloop.streams.lost_brokers import BrokerCheck
 from innerloop.streams.waiting import Waiting, close
 
 _LOG = structlog.get_logger(__name__)
@@ -91,10 +92,12 @@ class Loop:
         self._batch_size, self._poll_seconds, self._stopping = batch_size, poll_seconds, stopping
         self._batch_keys = batch_keys
         # A start below the log's beginning means that retention has passed us: that is for a person to decide.
-        own: dict[str, clients.Value] = {} if instance is None else {"group_instance_id": instance}
-        self._consumer: Consumer = clients.consumer(
-            settings, group, on_commit=self._on_commit, auto_offset_reset="error", **own
-        )
+        self._own: dict[str, clients.Value] = {"auto_offset_reset": "error"}
+        if instance is not None:
+            self._own["group_instance_id"] = instance
+        self._settings, self._brokers = settings, BrokerCheck(settings)
+        self._generation = 0
+        self._consumer = self._new_consumer()
         self._owned: set[Partition] = set()
         self._unclaimed: list[Partition] = []
         self._claimed_at = 0.0
@@ -126,10 +129,8 @@ class Loop:
 
     def run(self) -> None:
         """Work until told to stop; the batch in hand is finished and committed. Raises StopError."""
-        self._consumer.subscribe(
-            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
         try:
+            self._subscribe()
             while not self._stopping():
                 self._turned()
                 if not self._joined:
@@ -138,7 +139,10 @@ class Loop:
                 self._pass_gaps()
                 batch = self._poll()
                 if len(batch):
+                    self._brokers.heard()
                     self._persist(batch)
+                elif self._brokers.lost(self._consumer):
+                    self._renew()
                 self._commit()
                 self._idle()
         finally:
@@ -146,6 +150,29 @@ class Loop:
                 self._commit_last()
             finally:
                 self._leave()
+
+    def _new_consumer(self) -> Consumer:
+        self._generation = generation = self._generation + 1
+
+        def on_commit(error: KafkaError | None, committed: list[TopicPartition]) -> None:
+            if generation == self._generation:
+                self._on_commit(error, committed)
+
+        return clients.consumer(self._settings, self._group, on_commit=on_commit, **self._own)
+
+    def _subscribe(self) -> None:
+        self._consumer.subscribe(
+            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    def _renew(self) -> None:
+        """Another consumer for one that can do nothing any more; the group gives the partitions again."""
+        _LOG.warning("consumer made anew", why="it had lost every broker of a cluster that is there")
+        lost, self._consumer = self._consumer, self._new_consumer()
+        self._give_up(sorted(self._owned))
+        self._committing, self._joined = 0, False
+        close(lost)
+        self._subscribe()
 
     def _leave(self) -> None:
         # Closing is done by another thread, which may outlive us: its callbacks find nothing left to do.
@@ -375,6 +402,8 @@ class Loop:
     # --- rebalance
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        if consumer is not self._consumer:
+            return
         partitions = [(p.topic, p.partition) for p in assigned]
         metrics.REBALANCES.labels("assigned").inc()
         _LOG.info("assigned", partitions=_names(partitions))
@@ -434,8 +463,8 @@ class Loop:
         metrics.PAUSES.inc()
         self._claimed_at = time.monotonic()
 
-    def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
-        if self._left:
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        if self._left or consumer is not self._consumer:
             return
         partitions = [(p.topic, p.partition) for p in revoked]
         metrics.REBALANCES.labels("revoked").inc()
@@ -443,8 +472,8 @@ class Loop:
         self._commit(wait=True)
         self._give_up(partitions)
 
-    def _on_lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
-        if self._left:
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        if self._left or consumer is not self._consumer:
             return
         partitions = [(p.topic, p.partition) for p in lost]
         metrics.REBALANCES.labels("lost").inc()

@@ -38,6 +38,7 @@ class LogEnds:
             for partition, future in self._admin.list_offsets(wanted, request_timeout=_ANSWER_SECONDS).items():
                 ends[partition.topic] += future.result(_ANSWER_SECONDS + 1.0).offset
         except (KafkaException, TimeoutError) as error:
-            self._counts = {}  # perhaps the topics have changed
+            # Perhaps the topics have changed, or the client has lost its brokers for good.
+            self._counts, self._admin = {}, clients.admin(self._settings.kafka)
             raise ServiceError(f"Kafka does not tell the ends of its logs: {error}.") from None
         return ends

@@ -3,12 +3,15 @@
 import time
 from typing import Any
 
+import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, murmur2
 
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
+from innerloop.streams.lost_brokers import has_lost_brokers
 
+_LOG = structlog.get_logger(__name__)
 Headers = list[tuple[str, str | bytes | None]]
 _ROOM_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
@@ -28,6 +31,7 @@ class Publisher:
     """
 
     def __init__(self, settings: KafkaSettings, **own: clients.Value) -> None:
+        self._settings, self._own = settings, own
         self._failure: str | None = None
         self._producer: Any = clients.producer(settings, self._failed, **own)
 
@@ -59,7 +63,7 @@ class Publisher:
                 if self._failure is not None:
                     self.flush(0)
                 if now > until:
-                    clients.look_for_brokers(self._producer)
+                    self._renew_if_lost()
                     raise RetryError(
                         f"There is no room for records: the broker has taken none for {_ROOM_SECONDS:g} s"
                     ) from None
@@ -82,5 +86,12 @@ class Publisher:
         if failure is not None:
             raise RetryError(failure)
         if waiting:
-            clients.look_for_brokers(self._producer)
+            self._renew_if_lost()
             raise RetryError(f"The broker has not taken {waiting} records for {seconds:g} s")
+
+    def _renew_if_lost(self) -> None:
+        """What a lost producer holds goes with it: whoever is told of a RetryError sends it again."""
+        if has_lost_brokers(self._producer, self._settings):
+            self._producer = clients.producer(self._settings, self._failed, **self._own)
+            self._failure = None
+            _LOG.warning("producer made anew", why="it had lost every broker of a cluster that is there")

@@ -6,6 +6,7 @@ from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.streams import clients
 from innerloop.streams.batch import Record, record_of
+from innerloop.streams.lost_brokers import BrokerCheck
 from innerloop.streams.topics import partition_counts
 
 _ANSWER_SECONDS = 5.0
@@ -25,6 +26,7 @@ class Tail:
             queued_max_messages_kbytes=8_192,
             enable_partition_eof=True,
         )
+        self._brokers = BrokerCheck(settings.kafka)
         self._behind = set(range(count))
         try:
             self._consumer.assign([self._place(number, last) for number in range(count)])
@@ -51,7 +53,12 @@ class Tail:
         Waits up to `seconds` for that many. Raises ServiceError when the topic can no longer be read: open another.
         """
         records = []
-        for message in self._consumer.consume(most, seconds):
+        messages = self._consumer.consume(most, seconds)
+        if messages:
+            self._brokers.heard()
+        elif self._brokers.lost(self._consumer):
+            raise ServiceError(f"The reader of {self._topic} has lost its brokers.")
+        for message in messages:
             error = message.error()
             if error is None:
                 records.append(record_of(message))

@@ -10,14 +10,17 @@ position is committed, so a stranger's record is answered even when the owner di
 import time
 from collections.abc import Mapping, Sequence
 
+import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
+from innerloop.streams.lost_brokers import BrokerCheck
 from innerloop.streams.publisher import Headers
 from innerloop.streams.waiting import Waiting, close
 
+_LOG = structlog.get_logger(__name__)
 OWNER_HEADER = "innerloop.owner_epoch"
 _COMMIT_SECONDS = 1.0
 _AT_ONCE = 10_000
@@ -32,12 +35,18 @@ class OutputWatch:
     """Reads the output partitions that belong to the request partitions held by this process."""
 
     def __init__(self, settings: KafkaSettings, *, group: str, topics: Sequence[str]) -> None:
-        self._topics, self._group = topics, group
+        self._settings, self._topics, self._group = settings, topics, group
         self._blind = Waiting("score topics not watched")
-        self._consumer: Consumer = clients.consumer(
-            settings, group, fetch_wait_max_ms=500, fetch_min_bytes=65_536, queued_min_messages=1_000
-        )
+        self._brokers = BrokerCheck(settings)
+        self._consumer = self._new_consumer()
+        self._unwatched: list[int] = []
+        """What a consumer watched that is no more, and no other does yet."""
         self._committed_at = time.monotonic()
+
+    def _new_consumer(self) -> Consumer:
+        return clients.consumer(
+            self._settings, self._group, fetch_wait_max_ms=500, fetch_min_bytes=65_536, queued_min_messages=1_000
+        )
 
     def start(self, partitions: Sequence[int]) -> None:
         """Watch these partitions of every topic, from where their last owner's watch stood. Raises RetryError."""
@@ -59,6 +68,7 @@ class OutputWatch:
 
     def stop(self, partitions: Sequence[int]) -> None:
         """Stop watching partitions that now belong to another process, which goes on from the committed place."""
+        self._unwatched = [each for each in self._unwatched if each not in partitions]
         gone = [p for p in self._consumer.assignment() if p.partition in set(partitions)]
         if gone:
             self._consumer.incremental_unassign(gone)
@@ -66,10 +76,18 @@ class OutputWatch:
     def strangers(self, epochs: Mapping[int, int]) -> dict[str, int]:
         """Users with a new record that was not written under `epochs[partition]`, and their partition.
 
-        Raises StopError when the topics may not be read.
+        Raises StopError when the topics may not be read, RetryError when they cannot be watched.
         """
+        if self._unwatched:
+            self.start(self._unwatched)
+            self._unwatched = []
         found = {}
-        for message in self._consumer.consume(_AT_ONCE, 0):
+        messages = self._consumer.consume(_AT_ONCE, 0)
+        if messages:
+            self._brokers.heard()
+        elif self._brokers.lost(self._consumer):
+            self._renew()
+        for message in messages:
             if (error := message.error()) is not None:
                 self._stop_if_forbidden(error)
                 self._blind.goes_on(error.str(), topic=message.topic())
@@ -85,6 +103,13 @@ class OutputWatch:
             if dict(message.headers() or []).get(OWNER_HEADER) != str(epoch).encode():
                 found[user] = partition
         return found
+
+    def _renew(self) -> None:
+        """Another consumer for one that can do nothing any more, from where it had committed."""
+        _LOG.warning("watch made anew", why="it had lost every broker of a cluster that is there")
+        self._unwatched = sorted({place.partition for place in self._consumer.assignment()})
+        lost, self._consumer = self._consumer, self._new_consumer()
+        close(lost)
 
     def _stop_if_forbidden(self, error: KafkaError) -> None:
         if error.code() in clients.FORBIDDEN:
