@@ -344,6 +344,19 @@ def test_lessons_are_of_the_moments_candidates_with_a_visits_weight(release: Rel
     }
 
 
+def test_what_nobody_had_met_is_no_lesson(release: Release, history: pl.DataFrame) -> None:
+    """Where each event is of a new item, learned of by the next list: a candidate that no list could have had."""
+    renamed = pl.col("item_id") + "-" + pl.int_range(pl.len()).cast(pl.String)
+    fresh = history.with_columns(
+        pl.when(pl.int_range(pl.len()) >= 1_700).then(renamed).otherwise("item_id").alias("item_id")
+    )
+    log = stream_of(fresh)
+    taught = lessons(
+        Scorer(release, CPU), log, np.arange(1_700, 2_200), KIND_WEIGHTS, CAPACITY, np.random.default_rng(0)
+    )
+    assert len(taught) == 0
+
+
 def _purchase_weight(log: StreamLog, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[float]:
     kinds = log.kinds[rows]
     clicks, purchases = int((kinds == 1).sum()), int((kinds == 4).sum())

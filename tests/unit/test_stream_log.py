@@ -132,6 +132,29 @@ def test_a_block_is_shown_what_is_before_it_and_nothing_of_it(
     assert sorted(asked) == list(range(len(moments)))
 
 
+@given(EVENTS, st.integers(1, 7))
+def test_no_block_of_lists_knows_an_item_before_the_list_that_has_to_foresee_it(events: list[Event], span: int) -> None:
+    log = _log(events)
+    rows = np.arange(len(log))
+    made = log.answered(rows)
+    whole = list(log.blocks(made, span / 1000))
+    parts = list(log.lists(rows, span / 1000))
+    assert np.concatenate([some for _, some in parts]).tolist() == np.concatenate([some for _, some in whole]).tolist()
+    assert {upto for upto, _ in parts} == {upto for upto, _ in whole}
+    met: set[int] = set()
+    for upto, some in parts:
+        support, there = log.before(some, len(log))
+        met |= set(log.items[:upto].tolist()) | set(log.items[support[there]].tolist())
+        for row in some.tolist():
+            appears = log.times[log.items == log.items[row]].min()
+            assert appears <= made[row] or int(log.items[row]) not in met
+
+
+def test_lists_are_made_together_where_nothing_new_is_foreseen() -> None:
+    log = _log([(0, 0, 0), (1, 1, 0), (0, 1, 5), (1, 0, 6), (0, 0, 7), (0, 2, 8), (0, 2, 9)])
+    assert [some.tolist() for _, some in log.lists(np.arange(2, 7), 1.0)] == [[0, 1, 2, 3], [4]]
+
+
 def test_types_sessions_and_categories_are_numbered_and_minus_one_where_missing() -> None:
     table = _table([(0, 0, 0), (0, 1, 1), (1, 0, 2)], session_id=["b", None, "a"], category=[None, "x", "x"])
     log = stream_of(table.with_columns(pl.Series("event_type", ["purchase", "impression", "favorite"])))

@@ -184,7 +184,7 @@ def test_lists_are_those_that_were_there_at_the_users_event_before(
     log, served, rows = _served(events, options)
     served.answers(rows, seed=0, tell=lambda _share: None)
     span = round(1_000 * options.block_seconds)
-    blocks = [some for _, some in log.blocks(log.answered(rows), options.block_seconds)]
+    blocks = [some for _, some in log.lists(rows, options.block_seconds)]
     assert len(blocks) == len(spied)
     assert len(blocks) > 50
     for some, (newest, sets) in zip(blocks, spied, strict=True):
@@ -196,6 +196,25 @@ def test_lists_are_those_that_were_there_at_the_users_event_before(
         assert np.where(own > 0, own, made).tolist() == made.tolist()
         hour = sets.newest[3 * len(some) : 4 * len(some)]
         assert (hour < log.times[rows[some]] - 3_600_000).all(), "stale by an hour"
+
+
+@pytest.mark.usefixtures("_no_others")
+def test_no_list_holds_what_nobody_had_met_when_it_was_made(events: pl.DataFrame) -> None:
+    """In a shop where every other event is of a new item, tried one after another within seconds."""
+    fresh = events.with_columns(
+        pl.when(pl.int_range(pl.len()) % 2 == 0)
+        .then(pl.col("item_id") + "-" + pl.int_range(pl.len()).cast(pl.String))
+        .otherwise("item_id")
+        .alias("item_id")
+    )
+    log, served, rows = _served(fresh, replace(OPTIONS, block_seconds=600.0))
+    found = served.answers(rows, seed=0, tell=lambda _share: None)
+    appears = np.array([log.times[log.items == item].min() for item in log.items[rows]])
+    unmet = appears > log.answered(rows)
+    assert unmet.sum() > 100
+    for arm, answers in found.items():
+        assert not (answers[unmet] > 0).any(), arm
+    assert (found["default"][~unmet] > 0).any()
 
 
 @pytest.mark.usefixtures("_no_others")

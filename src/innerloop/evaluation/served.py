@@ -86,7 +86,7 @@ class Served:
         heads = self._school.heads(int(rows[0]), self._release)
         found: dict[str, Ints] = {}
         done, trained_at = 0, self._log.times[rows[0]]
-        for upto, some in self._log.blocks(self._log.answered(rows), self._options.block_seconds):
+        for upto, some in self._log.lists(rows, self._options.block_seconds):
             replay.show(upto)
             now = self._log.times[upto]
             if now - trained_at > self._options.train_every_hours * _HOUR_MS:

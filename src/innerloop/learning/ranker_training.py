@@ -72,7 +72,7 @@ def lessons(  # noqa: PLR0917 - what a pass over the past needs
     replay, balance = Replay(scorer, log), _balance(log.kinds[rows], weights)
     taught: list[Lesson] = []
     done = 0
-    for upto, some in log.blocks(log.answered(rows), _BLOCK_SECONDS):
+    for upto, some in log.lists(rows, _BLOCK_SECONDS):
         replay.show(upto)
         support, _ = log.before(rows[some], capacity)
         replay.meet_support(support)

@@ -15,6 +15,7 @@ from innerloop.trends import ACTIVITY, PREVIOUS, SAME_VISIT_MS, Activity
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 _OTHER = max(CODES.values()) + 1
+_NEVER = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,33 @@ class StreamLog:
         """When the service answers for the moments just before `rows`: at the user's event before, [Q] epoch ms."""
         before = self.by_user[np.maximum(self.earlier[rows] - 1, 0)]
         return np.where(self.earlier[rows] > self.first[rows], self.times[before], self.times[rows])
+
+    def lists(self, rows: Ints, seconds: float) -> Iterator[tuple[int, Ints]]:
+        """Blocks of the lists made for `rows` [Q], cut so that no list's block knows of the item to foresee too early.
+
+        As `blocks` of `answered`. A scorer is told of the items in a block's support sets before it makes the block's
+        lists. Where a user tries item after item, an item that nobody had met when one list was made is an example in
+        the next: in one block the first list could hold it, so a block ends before such an item's first event.
+        """
+        answered = self.answered(rows)
+        appears = self._appears[self.items[rows]]
+        known = (appears <= answered) & (self.support_sizes(rows) > 0)  # the first of a user is answered at its time
+        appears = np.where(known, _NEVER, appears)
+        for upto, some in self.blocks(answered, seconds):
+            first, end = 0, _NEVER
+            for place, (made, new) in enumerate(zip(answered[some].tolist(), appears[some].tolist(), strict=True)):
+                if made >= end:
+                    yield upto, some[first:place]
+                    first, end = place, _NEVER
+                end = min(end, new)
+            yield upto, some[first:]
+
+    @cached_property
+    def _appears(self) -> Ints:
+        """When each item's first event is, [items] epoch ms."""
+        found = np.full(len(self.item_ids), _NEVER)
+        np.minimum.at(found, self.items, self.times)
+        return found
 
     def within_visit(self, rows: Ints) -> Bools:
         """Whether the user's event before is at most `SAME_VISIT_MS` older, [Q]."""
