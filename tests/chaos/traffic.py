@@ -263,7 +263,7 @@ class Traffic(threading.Thread):
         self.again += len(self._lost)
         for message in self._lost:
             sent = message.topic() or "", (message.key() or b"").decode(), message.value(), message.partition() or 0
-            headers: Headers = list(message.headers() or [])
+            headers: Headers = [*dict(message.headers() or []).items()]
             self._produce(self._producers[number], sent, message.timestamp()[1], headers)
         self._lost = []
 

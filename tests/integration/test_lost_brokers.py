@@ -1,0 +1,232 @@
+"""Clients that have lost every broker for good: that it is noticed, and what is done about it.
+
+librdkafka loses its brokers in a race of milliseconds with a broker that stops (see `streams.lost_brokers`): one test
+provokes it on a broker of its own. What follows is tested by taking a client for lost that is not, which asks more of
+the code: the old client is still at work.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+from confluent_kafka import KafkaException, Producer
+from structlog.testing import capture_logs
+from test_client import scores
+from test_ingest import Member, check, events_of, send, shrunk, until
+
+from innerloop.client import ScoreReader
+from innerloop.config import Settings
+from innerloop.errors import RetryError, ServiceError
+from innerloop.streams import clients, lag, lost_brokers, publisher
+from innerloop.streams.groups import members_with_partitions
+from innerloop.streams.lag import LagReader
+from innerloop.streams.lost_brokers import Client, has_lost_brokers
+from innerloop.streams.publisher import Publisher
+from innerloop.streams.tail import Tail
+from innerloop.streams.topics import ensure_topics
+from innerloop.streams.watch import OutputWatch, owner_headers
+from innerloop.worker.kafka_server import KafkaServer
+
+ROUNDS, PRODUCERS = 12, 12
+
+
+@contextmanager
+def asking(those: list[Producer], topic: str) -> Iterator[None]:
+    """Ask for the cluster all the time, so that the broker's last answers are among them."""
+    done = threading.Event()
+
+    def ask(producer: Producer) -> None:
+        while not done.is_set():
+            try:
+                producer.list_topics(topic, timeout=0.3)
+            except KafkaException:
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=ask, args=(each,), daemon=True) for each in those]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        time.sleep(0.2)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_client_is_told_from_one_that_waits(
+    settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kafka = KafkaServer(tmp_path_factory.mktemp("own") / "kafka", announce=lambda _line: None)
+    kafka.start()
+    try:
+        own = settings.model_copy(
+            update={"kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers})}
+        )
+        ensure_topics(own)
+        lost = _provoked(own, kafka)
+        waiting = clients.producer(own.kafka)
+        assert not has_lost_brokers(waiting, own.kafka)
+        assert all(has_lost_brokers(each, own.kafka) for each in lost)
+        kafka.stop()
+        assert not any(has_lost_brokers(each, own.kafka) for each in (*lost, waiting))
+        kafka.start()
+        assert not has_lost_brokers(waiting, own.kafka)
+        for each in lost:
+            each.produce(own.topics.clicks, b"kept")
+            assert each.flush(3) == 1
+    finally:
+        kafka.stop()
+
+
+def _provoked(settings: Settings, kafka: KafkaServer) -> list[Producer]:
+    """Producers that have lost the broker, out of a dozen that asked it while it stopped, again and again."""
+    topic = settings.topics.clicks
+    for _ in range(ROUNDS):
+        producers = [clients.producer(settings.kafka) for _ in range(PRODUCERS)]
+        for each in producers:
+            each.produce(topic, b"x")
+            assert each.flush(20) == 0
+        with asking(producers, topic):
+            time.sleep(0.5)
+            kafka.stop()
+        kafka.start()
+        lost = [each for each in producers if has_lost_brokers(each, settings.kafka)]
+        if lost:
+            return lost
+    pytest.fail(f"no producer was lost in {ROUNDS} rounds: does librdkafka mend itself now?")
+
+
+# --- what is done about it
+
+
+@pytest.fixture
+def small(settings: Settings) -> Settings:
+    ensure_topics(settings)
+    return shrunk(settings)
+
+
+@pytest.fixture
+def taken_for_lost(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Clients put in here are taken for lost."""
+    those: list[object] = []
+
+    def lost(client: Client, _settings: object) -> bool:
+        return any(client is each for each in those)
+
+    for module in (lost_brokers, publisher, lag):
+        monkeypatch.setattr(module, "has_lost_brokers", lost)
+    monkeypatch.setattr(lost_brokers, "_PATIENCE_SECONDS", 0.5)
+    return those
+
+
+def passes(what: Callable[[], object]) -> bool:
+    try:
+        what()
+    except (RetryError, ServiceError):
+        return False
+    return True
+
+
+def test_what_a_lost_producer_held_is_sent_again(small: Settings, taken_for_lost: list[object]) -> None:
+    sender = Publisher(small.kafka, linger_ms=60_000)  # so that nothing has left when it is asked for
+    lost = sender._producer
+    taken_for_lost.append(lost)
+    sender.send(small.topics.requests, "u", b"first")
+    with pytest.raises(RetryError, match="has not taken 1 record"):
+        sender.flush(0)
+    assert sender._producer is not lost
+    sender.flush(0)
+    sender.send(small.topics.requests, "u", b"again")
+    sender.flush(10)
+    tail = Tail(small, small.topics.requests)
+    values: list[bytes | None] = []
+
+    def arrived() -> bool:
+        values.extend(record.value for record in tail.new(100, 0.2))
+        return b"again" in values
+
+    until(arrived, "nothing arrived")
+    tail.close()
+
+
+@pytest.mark.parametrize("protocol", ["classic", pytest.param("consumer", marks=pytest.mark.usefixtures("kip_848"))])
+def test_a_member_with_another_consumer_goes_on(small: Settings, taken_for_lost: list[object], protocol: str) -> None:
+    own = {} if protocol == "consumer" else small.kafka.properties
+    kafka = small.kafka.model_copy(update={"group_protocol": protocol, "properties": own})
+    settings, events = small.model_copy(update={"kafka": kafka}), events_of(600)
+    with capture_logs() as logs, Member(settings) as member:
+        member.joined()
+        send(settings, events[:300])
+        member.caught_up()
+        lost = member.loop._consumer
+        taken_for_lost.append(lost)
+        until(lambda: member.loop._consumer is not lost, "it stays with a lost consumer")
+        member.joined()
+        send(settings, events[300:])
+        member.caught_up()
+        assert members_with_partitions(settings.kafka, settings.kafka.ingest_group) == 1
+    assert [each["event"] for each in logs].count("consumer made anew") == 1
+    check(settings, events)
+
+
+def test_a_member_of_a_quiet_topic_keeps_its_consumer(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_brokers, "_PATIENCE_SECONDS", 0.1)
+    with Member(small) as member:
+        member.joined()
+        consumer = member.loop._consumer
+        time.sleep(2)
+        assert member.loop._consumer is consumer
+
+
+def test_a_watch_with_another_consumer_sees_the_next_stranger(small: Settings, taken_for_lost: list[object]) -> None:
+    topics, numbers = [small.topics.recommendations, small.topics.ads], list(range(small.topics.partitions))
+    watch = OutputWatch(small.kafka, group="watch", topics=topics)
+    watch.start(numbers)
+    lost = watch._consumer
+    taken_for_lost.append(lost)
+    epochs, found = dict.fromkeys(numbers, 2), dict[str, int]()
+    until(lambda: not watch.strangers(epochs) and watch._consumer is not lost, "it stays with a lost consumer")
+    sender = Publisher(small.kafka)
+    sender.send(topics[0], "u", b"{}", headers=owner_headers(1))
+    sender.flush(10)
+    until(lambda: found.update(watch.strangers(epochs)) or bool(found), "the stranger is not seen")
+    assert found.keys() == {"u"}
+    watch.close()
+
+
+def test_lag_is_told_by_other_clients(small: Settings, taken_for_lost: list[object]) -> None:
+    send(small, events_of(10))
+    with LagReader(small) as reader:
+        before = reader.read("group", small.topics.events)
+        taken_for_lost += [reader.admin, reader._consumer, *reader._of_groups.values()]
+        reader._renew_what_is_lost()
+        assert reader.admin is not taken_for_lost[0]
+        assert reader._consumer is not taken_for_lost[1]
+        after = reader.read("group", small.topics.events)
+    assert [each.offsets for each in after] == [each.offsets for each in before]
+    assert all(each.seconds is not None for each in after)
+
+
+@pytest.mark.parametrize("group", [None, "shop"])
+def test_a_reader_of_scores_goes_on(small: Settings, taken_for_lost: list[object], group: str | None) -> None:
+    sender, topic = Publisher(small.kafka), small.topics.recommendations
+    sender.send(topic, "u", msgspec.json.encode(scores("u", 1)))
+    sender.flush(10)
+    with ScoreReader(small, "recommendations", group=group) as reader:
+        until(lambda: reader.refresh(0.2) > 0, "the first list is not seen")
+        lost = reader._consumer
+        taken_for_lost.append(lost)
+        until(lambda: reader.refresh(0.2) == 0 and reader._consumer is not lost, "it stays with a lost consumer")
+        sender.send(topic, "u", msgspec.json.encode(scores("u", 2)))
+        sender.flush(10)
+        until(lambda: reader.refresh(0.2) >= 0 and newest_version(reader) == 2, "the next list is not seen")
+
+
+def newest_version(reader: ScoreReader) -> int:
+    record = reader.get("u")
+    return record.support_version if record else 0
