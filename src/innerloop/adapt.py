@@ -38,7 +38,7 @@ from innerloop.store.ledger import Ledger
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import LogEnds
 from innerloop.streams.publisher import Publisher, partition_of
-from innerloop.streams.watch import OutputWatch, owner_headers
+from innerloop.streams.watch import OutputWatch, Stranger, add_strangers, owner_headers
 from innerloop.support import Ints, SupportSets, gather
 from innerloop.tracing import NOT_TRACED, Spans, Traces
 
@@ -92,7 +92,7 @@ class Adapt:
         self._decode = msgspec.json.Decoder(AdaptationRequest).decode
         self._encode = msgspec.json.Encoder().encode
         self._epochs: dict[int, int] = {}
-        self._strangers: dict[str, int] = {}
+        self._strangers: dict[str, Stranger] = {}
         self._unknown: set[int] = set()
         """Partitions of which requests may be gone, nobody knows which."""
         self._refreshed_at = 0.0
@@ -139,7 +139,7 @@ class Adapt:
             self._epochs.pop(partition, None)
             self._unknown.discard(partition)
         self._watch.stop([partition for _, partition in partitions])
-        self._strangers = {user: at for user, at in self._strangers.items() if at in self._epochs}
+        self._strangers = {user: each for user, each in self._strangers.items() if each.partition in self._epochs}
 
     def gap(self, partition: Partition, from_offset: int, to_offset: int) -> None:
         """Ask again for all users of the partition, whoever's requests are gone; record the gap. Raises RetryError."""
@@ -151,13 +151,11 @@ class Adapt:
         if time.monotonic() - self._refreshed_at > self._settings.adapt.refresh_seconds:
             self._refresh()
         self._ask_where_unknown()
-        self._strangers.update(self._watch.strangers(self._epochs))
+        add_strangers(self._strangers, self._watch.strangers(self._epochs).items())
         if self._strangers:
             self._renew()  # a stranger may have used a newer release, and an older answer would not count
             self._publisher.flush(0)  # what an earlier try left behind goes first, or this waits again
-            self._adapt(self._strangers)
-            metrics.REPAIRS.inc(len(self._strangers))
-            _LOG.warning("strangers' records answered", users=len(self._strangers))
+            self._answer(self._stale(self._strangers))
             self._strangers = {}
         self._watch.commit()
 
@@ -203,6 +201,23 @@ class Adapt:
             self._publisher.flush(_FLUSH_SECONDS)
             last = users[-1][0]
         _LOG.warning("requests are missing, all users asked for", partitions=sorted(numbers), users=asked)
+
+    # --- what strangers wrote
+
+    def _stale(self, strangers: Mapping[str, Stranger]) -> dict[str, int]:
+        """User -> partition of those of whom not all that strangers wrote is of the newest state."""
+        with transaction(self._engine) as connection:
+            stored = support_sets.versions(connection, list(strangers))
+        release = self._scorer.catalogue.release.version
+        return {
+            user: each.partition for user, each in strangers.items() if each.order != (release, stored.get(user, -1))
+        }
+
+    def _answer(self, users: Mapping[str, int]) -> None:
+        if users:
+            self._adapt(users)
+            metrics.REPAIRS.inc(len(users))
+            _LOG.warning("strangers' records answered", users=len(users))
 
     # --- step 1
 

@@ -7,9 +7,14 @@ from innerloop.config import Settings
 from innerloop.errors import InnerloopError
 from innerloop.streams.whole_topic import committed_offsets
 
+_TIMES = 10
+
 
 def settle(settings: Settings, seconds: float, *, watched: bool = True, pause: float = 0.5) -> list[str]:
-    """Wait; a sentence when it does not come to that in time. `watched`: the scores have been looked through, too."""
+    """Wait for as long as it moves; a sentence when for `seconds` nothing has, or after ten times as many.
+
+    `watched`: the scores have been looked through, too.
+    """
     topics, kafka = settings.topics, settings.kafka
     groups = {
         kafka.ingest_group: list(topics.ingested),
@@ -18,14 +23,15 @@ def settle(settings: Settings, seconds: float, *, watched: bool = True, pause: f
     if watched:
         groups[kafka.adapt_group + "-watch"] = [topics.recommendations, topics.ads]
     before: dict[str, Any] = {}
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    moved, until = time.monotonic(), time.monotonic() + _TIMES * seconds
+    while time.monotonic() < min(moved + seconds, until):
         now = _looked_at(settings, groups)
         if now and now == before and not _behind(now):
             return []
-        before = now
+        if now and now != before:
+            before, moved = now, time.monotonic()
         time.sleep(pause)
-    return [f"Not settled after {seconds:.0f} s: {'; '.join(_behind(before)) or 'it still moves'}."]
+    return [f"Not settled: {'; '.join(_behind(before)) or 'it still moves'}."]
 
 
 def _looked_at(settings: Settings, groups: dict[str, list[str]]) -> dict[str, Any]:

@@ -678,6 +678,28 @@ def test_a_strangers_older_record_does_not_stay_the_last(world: World) -> None:
         assert metrics.REPAIRS._value.get() == before + 4
 
 
+def test_a_former_owners_list_of_the_newest_state_stands(world: World) -> None:
+    """After a takeover most are: to write each of them again would double what a crash costs."""
+    topics, before = world.settings.topics, metrics.REPAIRS._value.get()
+    world.give("u", [("i1", 1.0, 0)])
+    with running(world.settings):
+        world.ask_and_read("u")
+    with running(world.settings):  # claims with the next epoch
+        current = json.dumps({**json.loads(older("u")), "support_version": 1}).encode()
+        world.send(topics.recommendations, "u", current, "1")
+        time.sleep(1.5)
+        assert metrics.REPAIRS._value.get() == before
+        world.send(topics.recommendations, "u", current, "999")  # nobody's
+        wait_for(lambda: metrics.REPAIRS._value.get() == before + 1)
+        world.give("u", [("i1", 1.0, 0), ("i2", 1.0, 0)])
+        world.send(topics.recommendations, "u", current, "1")  # not of the newest state any more
+        wait_for(lambda: metrics.REPAIRS._value.get() == before + 2)
+        wait_for(lambda: world.last_is_newest(topics.recommendations))
+        release = json.dumps({**json.loads(current), "model_version": 2, "support_version": 2}).encode()
+        world.send(topics.recommendations, "u", release, "1")
+        wait_for(lambda: metrics.REPAIRS._value.get() == before + 3)
+
+
 def test_strangers_with_impossible_keys_harm_nothing(world: World) -> None:
     world.give("u", [("i1", 1.0, 0)])
     with running(world.settings) as member:

@@ -27,7 +27,7 @@ from innerloop.streams.lost_brokers import Client, has_lost_brokers
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.tail import Tail
 from innerloop.streams.topics import ensure_topics
-from innerloop.streams.watch import OutputWatch, owner_headers
+from innerloop.streams.watch import OutputWatch, Stranger, owner_headers
 from innerloop.worker.kafka_server import KafkaServer
 
 ROUNDS, PRODUCERS = 12, 12
@@ -154,8 +154,12 @@ def test_what_a_lost_producer_held_is_sent_again(small: Settings, taken_for_lost
     tail.close()
 
 
-@pytest.mark.parametrize("protocol", ["classic", pytest.param("consumer", marks=pytest.mark.usefixtures("kip_848"))])
-def test_a_member_with_another_consumer_goes_on(small: Settings, taken_for_lost: list[object], protocol: str) -> None:
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_a_member_with_another_consumer_goes_on(
+    small: Settings, taken_for_lost: list[object], protocol: str, request: pytest.FixtureRequest
+) -> None:
+    if protocol == "consumer":
+        request.getfixturevalue("kip_848")
     own = {} if protocol == "consumer" else small.kafka.properties
     kafka = small.kafka.model_copy(update={"group_protocol": protocol, "properties": own})
     settings, events = small.model_copy(update={"kafka": kafka}), events_of(600)
@@ -189,7 +193,7 @@ def test_a_watch_with_another_consumer_sees_the_next_stranger(small: Settings, t
     watch.start(numbers)
     lost = watch._consumer
     taken_for_lost.append(lost)
-    epochs, found = dict.fromkeys(numbers, 2), dict[str, int]()
+    epochs, found = dict.fromkeys(numbers, 2), dict[str, Stranger]()
     until(lambda: not watch.strangers(epochs) and watch._consumer is not lost, "it stays with a lost consumer")
     sender = Publisher(small.kafka)
     sender.send(topics[0], "u", b"{}", headers=owner_headers(1))

@@ -115,6 +115,13 @@ def read(
     return decode(stream.getbuffer())
 
 
+def versions(connection: Connection, users: list[str]) -> dict[str, int]:
+    """The version of each user among `users` who has a set."""
+    cursor = cursor_of(connection)
+    cursor.execute("SELECT user_id, version FROM support_sets WHERE user_id = ANY(%s)", (users,))
+    return dict(cursor.fetchall())
+
+
 def users_after(connection: Connection, user: str, most: int) -> list[tuple[str, int, int]]:
     """The next users behind `user`, in the table's order, at most so many: identifier, version, newest event."""
     cursor = cursor_of(connection)

@@ -3,13 +3,16 @@
 Compaction keeps the last record of a key, not the highest version. A worker that slept past its session and wakes
 may still have a list in its send queue, older than one its successor has published, and that list would then be the
 one compaction keeps. Nothing can stop the send, so it is answered: every record carries its writer's epoch, the owner
-reads its own output, and a user with a stranger's record, list or tombstone, is adapted again. The watch's own
-position is committed, so a stranger's record is answered even when the owner dies between the two.
+reads its own output, and a user with a stranger's record, list or tombstone, is adapted again unless that is a former
+owner's list of the newest state: after every takeover most are. The watch's own position is committed, so a stranger's
+record is answered even when the owner dies between the two.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+import msgspec
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -24,6 +27,32 @@ _LOG = structlog.get_logger(__name__)
 OWNER_HEADER = "innerloop.owner_epoch"
 _COMMIT_SECONDS = 1.0
 _AT_ONCE = 10_000
+
+
+class Stranger(NamedTuple):
+    """What strangers wrote of a user: on which partition, and the oldest state that a list of theirs is of."""
+
+    partition: int
+    order: tuple[int, int]
+    """(model_version, support_version) as a former owner's list says it, NO_LIST for anything else."""
+
+
+NO_LIST = (-1, -1)
+
+
+class _Order(msgspec.Struct):
+    model_version: int
+    support_version: int
+
+
+_decode = msgspec.json.Decoder(_Order).decode
+
+
+def add_strangers(found: dict[str, Stranger], more: Iterable[tuple[str, Stranger]]) -> None:
+    """Of each user the oldest: what is older than the newest state must not stay on any topic."""
+    for user, each in more:
+        known = found.get(user, each)
+        found[user] = Stranger(each.partition, min(known.order, each.order))
 
 
 def owner_headers(epoch: int) -> Headers:
@@ -73,35 +102,33 @@ class OutputWatch:
         if gone:
             self._consumer.incremental_unassign(gone)
 
-    def strangers(self, epochs: Mapping[int, int]) -> dict[str, int]:
-        """Users with a new record that was not written under `epochs[partition]`, and their partition.
+    def strangers(self, epochs: Mapping[int, int]) -> dict[str, Stranger]:
+        """Users with a new record that was not written under `epochs[partition]`.
 
         Raises StopError when the topics may not be read, RetryError when they cannot be watched.
         """
         if self._unwatched:
             self.start(self._unwatched)
             self._unwatched = []
-        found = {}
         messages = self._consumer.consume(_AT_ONCE, 0)
         if messages:
             self._brokers.heard()
         elif self._brokers.lost(self._consumer):
             self._renew()
+        found: dict[str, Stranger] = {}
         for message in messages:
             if (error := message.error()) is not None:
                 self._stop_if_forbidden(error)
                 self._blind.goes_on(error.str(), topic=message.topic())
                 continue
             self._blind.ends()
-            user, partition, epoch = (
-                _user(message.key()),
-                message.partition() or 0,
-                epochs.get(message.partition() or 0),
-            )
+            user, partition = _user(message.key()), message.partition() or 0
+            epoch = epochs.get(partition)
             if user is None or epoch is None:
                 continue
-            if dict(message.headers() or []).get(OWNER_HEADER) != str(epoch).encode():
-                found[user] = partition
+            writer = dict(message.headers() or []).get(OWNER_HEADER)
+            if writer != str(epoch).encode():
+                add_strangers(found, [(user, Stranger(partition, _order(writer, epoch, message.value())))])
         return found
 
     def _renew(self) -> None:
@@ -132,6 +159,17 @@ class OutputWatch:
 
     def close(self) -> None:
         close(self._consumer)
+
+
+def _order(writer: object, epoch: int, value: str | bytes | None) -> tuple[int, int]:
+    """What the list is of that `writer` wrote, where that can be a former owner: only such a one is believed."""
+    if not (isinstance(writer, bytes) and writer.isdigit() and 0 < int(writer) < epoch) or value is None:
+        return NO_LIST
+    try:
+        said = _decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return NO_LIST
+    return said.model_version, said.support_version
 
 
 def _user(key: str | bytes | None) -> str | None:
