@@ -15,7 +15,7 @@ What a processor may rely on:
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
 import structlog
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -28,6 +28,7 @@ from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.lost_brokers import BrokerCheck
 from innerloop.streams.waiting import Waiting, close
 
+P = ParamSpec("P")
 _LOG = structlog.get_logger(__name__)
 _COMMIT_SECONDS = 0.2
 _RETRY_SECONDS = 0.5
@@ -152,18 +153,22 @@ class Loop:
                 self._leave()
 
     def _new_consumer(self) -> Consumer:
-        self._generation = generation = self._generation + 1
-
-        def on_commit(error: KafkaError | None, committed: list[TopicPartition]) -> None:
-            if generation == self._generation:
-                self._on_commit(error, committed)
-
-        return clients.consumer(self._settings, self._group, on_commit=on_commit, **self._own)
+        self._generation += 1
+        return clients.consumer(self._settings, self._group, on_commit=self._of_now(self._on_commit), **self._own)
 
     def _subscribe(self) -> None:
-        self._consumer.subscribe(
-            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
+        assigned, revoked, lost = map(self._of_now, (self._on_assign, self._on_revoke, self._on_lost))
+        self._consumer.subscribe(self._topics, on_assign=assigned, on_revoke=revoked, on_lost=lost)
+
+    def _of_now(self, callback: Callable[P, None]) -> Callable[P, None]:
+        """The same for the consumer at hand alone: one that was replaced has nothing to tell any more."""
+        generation = self._generation
+
+        def called(*args: P.args, **named: P.kwargs) -> None:
+            if generation == self._generation:
+                callback(*args, **named)
+
+        return called
 
     def _renew(self) -> None:
         """Another consumer for one that can do nothing any more; the group gives the partitions again."""
@@ -402,8 +407,6 @@ class Loop:
     # --- rebalance
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        if consumer is not self._consumer:
-            return
         partitions = [(p.topic, p.partition) for p in assigned]
         metrics.REBALANCES.labels("assigned").inc()
         _LOG.info("assigned", partitions=_names(partitions))
@@ -463,8 +466,8 @@ class Loop:
         metrics.PAUSES.inc()
         self._claimed_at = time.monotonic()
 
-    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
-        if self._left or consumer is not self._consumer:
+    def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
+        if self._left:
             return
         partitions = [(p.topic, p.partition) for p in revoked]
         metrics.REBALANCES.labels("revoked").inc()
@@ -472,8 +475,8 @@ class Loop:
         self._commit(wait=True)
         self._give_up(partitions)
 
-    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
-        if self._left or consumer is not self._consumer:
+    def _on_lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
+        if self._left:
             return
         partitions = [(p.topic, p.partition) for p in lost]
         metrics.REBALANCES.labels("lost").inc()
