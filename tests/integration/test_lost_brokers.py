@@ -187,6 +187,33 @@ def test_a_member_of_a_quiet_topic_keeps_its_consumer(small: Settings, monkeypat
         assert member.loop._consumer is consumer
 
 
+def test_a_watch_whose_next_consumer_is_lost_before_it_watches_takes_a_third(
+    small: Settings, taken_for_lost: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = list(range(small.topics.partitions))
+    watch = OutputWatch(small.kafka, group="watch", topics=[small.topics.recommendations])
+    watch.start(numbers)
+    taken_for_lost.append(watch._consumer)
+    start = OutputWatch.start
+
+    def fails_once(self: OutputWatch, partitions: list[int]) -> None:
+        if self._consumer not in taken_for_lost and len(taken_for_lost) == 1:
+            taken_for_lost.append(self._consumer)
+        if self._consumer in taken_for_lost:
+            raise RetryError("no broker")
+        start(self, partitions)
+
+    monkeypatch.setattr(OutputWatch, "start", fails_once)
+
+    def watched() -> list[int]:
+        passes(lambda: watch.strangers({}))
+        return sorted(place.partition for place in watch._consumer.assignment())
+
+    until(lambda: watched() == numbers and watch._consumer not in taken_for_lost, "it stays with a lost one")
+    assert len(taken_for_lost) == 2
+    watch.close()
+
+
 def test_a_watch_with_another_consumer_sees_the_next_stranger(small: Settings, taken_for_lost: list[object]) -> None:
     topics, numbers = [small.topics.recommendations, small.topics.ads], list(range(small.topics.partitions))
     watch = OutputWatch(small.kafka, group="watch", topics=topics)

@@ -18,11 +18,15 @@ Client = TypeVar("Client")
 Value = str | int | float | bool
 FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
 """Codes that say that a consumer lacks an ACL."""
-HOPELESS = FORBIDDEN | {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001 - librdkafka's own name
-    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-}
+MISSING = frozenset(
+    {
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001 - librdkafka's own name
+        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+    }
+)
+"""Codes that say that a topic does not exist."""
+HOPELESS = FORBIDDEN | MISSING
 """Codes with which a topic gives nothing to a consumer, however long it waits."""
 _LOG = logging.getLogger("librdkafka")
 _LOG.addFilter(Repeats())

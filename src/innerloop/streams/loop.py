@@ -25,7 +25,7 @@ from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.streams import clients
 from innerloop.streams.batch import Batch, Partition
-from innerloop.streams.lost_brokers import BrokerCheck
+from innerloop.streams.lost_brokers import WHY, BrokerCheck
 from innerloop.streams.waiting import Waiting, close
 
 P = ParamSpec("P")
@@ -172,7 +172,7 @@ class Loop:
 
     def _renew(self) -> None:
         """Another consumer for one that can do nothing any more; the group gives the partitions again."""
-        _LOG.warning("consumer made anew", why="it had lost every broker of a cluster that is there")
+        _LOG.warning("consumer made anew", why=WHY)
         lost, self._consumer = self._consumer, self._new_consumer()
         self._give_up(sorted(self._owned))
         self._committing, self._joined = 0, False
@@ -228,7 +228,7 @@ class Loop:
             if partition in self._owned:
                 self._gaps[partition] = message.offset() or 0
             return True
-        if error.code() in _MISSING:
+        if error.code() in clients.MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
         if error.code() in clients.FORBIDDEN:
             raise StopError(
@@ -501,9 +501,6 @@ class Loop:
         if offsets is None:
             return [TopicPartition(topic, partition) for topic, partition in partitions]
         return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
-
-
-_MISSING = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 
 
 def _names(partitions: Sequence[Partition]) -> list[str]:

@@ -16,6 +16,8 @@ from innerloop.config import KafkaSettings
 from innerloop.streams import clients
 
 Client = Producer | Consumer | AdminClient
+WHY = "it had lost every broker of a cluster that is there"
+"""What is told of a client that another takes the place of."""
 _PATIENCE_SECONDS = 5.0
 _LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 1.0
 _CONNECT_SECONDS = 2.5

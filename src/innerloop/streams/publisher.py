@@ -9,7 +9,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, murmur2
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
-from innerloop.streams.lost_brokers import has_lost_brokers
+from innerloop.streams.lost_brokers import WHY, has_lost_brokers
 
 _LOG = structlog.get_logger(__name__)
 Headers = list[tuple[str, str | bytes | None]]
@@ -94,4 +94,4 @@ class Publisher:
         if has_lost_brokers(self._producer, self._settings):
             self._producer = clients.producer(self._settings, self._failed, **self._own)
             self._failure = None
-            _LOG.warning("producer made anew", why="it had lost every broker of a cluster that is there")
+            _LOG.warning("producer made anew", why=WHY)

@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
-from innerloop.streams.lost_brokers import BrokerCheck
+from innerloop.streams.lost_brokers import WHY, BrokerCheck
 from innerloop.streams.publisher import Headers
 from innerloop.streams.waiting import Waiting, close
 
@@ -107,14 +107,14 @@ class OutputWatch:
 
         Raises StopError when the topics may not be read, RetryError when they cannot be watched.
         """
+        if self._brokers.lost(self._consumer):
+            self._renew()
         if self._unwatched:
             self.start(self._unwatched)
             self._unwatched = []
         messages = self._consumer.consume(_AT_ONCE, 0)
         if messages:
             self._brokers.heard()
-        elif self._brokers.lost(self._consumer):
-            self._renew()
         found: dict[str, Stranger] = {}
         for message in messages:
             if (error := message.error()) is not None:
@@ -133,8 +133,9 @@ class OutputWatch:
 
     def _renew(self) -> None:
         """Another consumer for one that can do nothing any more, from where it had committed."""
-        _LOG.warning("watch made anew", why="it had lost every broker of a cluster that is there")
-        self._unwatched = sorted({place.partition for place in self._consumer.assignment()})
+        _LOG.warning("watch made anew", why=WHY)
+        watched = {place.partition for place in self._consumer.assignment()}
+        self._unwatched = sorted(watched.union(self._unwatched))
         lost, self._consumer = self._consumer, self._new_consumer()
         close(lost)
 
