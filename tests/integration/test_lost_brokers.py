@@ -192,7 +192,7 @@ def test_a_watch_whose_next_consumer_is_lost_before_it_watches_takes_a_third(
 ) -> None:
     numbers = list(range(small.topics.partitions))
     watch = OutputWatch(small.kafka, group="watch", topics=[small.topics.recommendations])
-    watch.start(numbers)
+    until(lambda: passes(lambda: watch.start(numbers)), "it cannot be watched")  # a young broker has no coordinator yet
     taken_for_lost.append(watch._consumer)
     start = OutputWatch.start
 
@@ -217,7 +217,7 @@ def test_a_watch_whose_next_consumer_is_lost_before_it_watches_takes_a_third(
 def test_a_watch_with_another_consumer_sees_the_next_stranger(small: Settings, taken_for_lost: list[object]) -> None:
     topics, numbers = [small.topics.recommendations, small.topics.ads], list(range(small.topics.partitions))
     watch = OutputWatch(small.kafka, group="watch", topics=topics)
-    watch.start(numbers)
+    until(lambda: passes(lambda: watch.start(numbers)), "it cannot be watched")  # a young broker has no coordinator yet
     lost = watch._consumer
     taken_for_lost.append(lost)
     epochs, found = dict.fromkeys(numbers, 2), dict[str, Stranger]()
