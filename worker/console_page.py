@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from nicegui import ui
 
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import CUTOFFS, Group, QualityWindow
+from innerloop.evaluation.quality.record import CUTOFFS, Group, QualityWindow
 
 from .console_lookup import Person, as_time
 from .console_observer import Observer

@@ -4,7 +4,7 @@ import msgspec
 
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
-from innerloop.evaluation.quality_record import AtCutoff, Group, QualityWindow
+from innerloop.evaluation.quality.record import AtCutoff, Group, QualityWindow
 from innerloop.streams.tail import Tail
 
 _HOUR_MS = 3_600_000

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.store import accounts, releases
 from innerloop.store.database import connect, transaction
 from innerloop.store.releases import RegisteredRelease

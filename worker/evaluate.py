@@ -14,7 +14,7 @@ from innerloop.errors import SettingsError
 
 if TYPE_CHECKING:
     from innerloop.evaluation.outcome import Outcome, Tell
-    from innerloop.evaluation.protocols.stream import Live
+    from innerloop.evaluation.stream.protocol import Live
 
 app = typer.Typer(no_args_is_help=True, help="Measure every arm and the baselines on past data.")
 
@@ -69,7 +69,7 @@ def _bar() -> Progress:
 @app.command("cold-start")
 def cold_start(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0) -> None:
     """Ratings of users and items that were never trained on, after a few ratings each."""
-    from innerloop.evaluation.protocols import cold_start  # noqa: PLC0415
+    from innerloop.evaluation.cold_start import protocol as cold_start  # noqa: PLC0415
 
     job = _Job("cold-start", data, report, draws, seed)
     job.judge(lambda tell: cold_start.run(data, seed=seed, tell=tell))
@@ -89,8 +89,8 @@ def sequence(  # noqa: PLR0917 - options by name
     users: Annotated[int, typer.Option(min=1, help="The most users that are tested, drawn at random.")] = 50_000,
 ) -> None:
     """Every user's last item among the whole catalogue, after the items before it."""
-    from innerloop.evaluation.protocols import sequence  # noqa: PLC0415
-    from innerloop.evaluation.sequence_course import Options  # noqa: PLC0415
+    from innerloop.evaluation.sequence import protocol as sequence  # noqa: PLC0415
+    from innerloop.evaluation.sequence.course import Options  # noqa: PLC0415
 
     options = Options(encoder=encoder, dimension=dimension, epochs=epochs, users=users)
     job = _Job("sequence", data, report, draws, seed)
@@ -110,7 +110,7 @@ def slate(  # noqa: PLR0917 - options by name
     most: Annotated[int, typer.Option(min=1, help="The most choices that are scored, evenly spread.")] = 50_000,
 ) -> None:
     """The items shown at a click-out, ranked from strictly earlier actions."""
-    from innerloop.evaluation.protocols import slate  # noqa: PLC0415
+    from innerloop.evaluation.slate import protocol as slate  # noqa: PLC0415
 
     job = _Job("slate", data, report, draws, seed)
     job.judge(lambda tell: slate.run(data, seed=seed, tell=tell, train_share=train_share, most=most))
@@ -126,7 +126,7 @@ def conversion(  # noqa: PLR0917 - options by name
     window_hours: Annotated[float, typer.Option(help="A purchase this long after a click still belongs to it.")] = 24.0,
 ) -> None:
     """The chance that a click is followed by a purchase of its item within the attribution window."""
-    from innerloop.evaluation.protocols import conversion  # noqa: PLC0415
+    from innerloop.evaluation.conversion import protocol as conversion  # noqa: PLC0415
 
     job = _Job("conversion", data, report, draws, seed)
     job.judge(
@@ -154,8 +154,8 @@ def stream(  # noqa: PLR0917 - options by name
     rate: Annotated[float, typer.Option(min=1, help="Events per second through the loop.")] = 500.0,
 ) -> None:
     """Each user's next event among the whole catalogue, in global time, from strictly earlier events."""
-    from innerloop.evaluation.protocols import stream  # noqa: PLC0415
-    from innerloop.evaluation.stream_options import options_of  # noqa: PLC0415
+    from innerloop.evaluation.stream import protocol as stream  # noqa: PLC0415
+    from innerloop.evaluation.stream.options import options_of  # noqa: PLC0415
 
     if history is not None and warm_up is not None:
         raise SettingsError("--history is what is learned from before anything is asked: leave out --warm-up.")

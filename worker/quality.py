@@ -39,8 +39,8 @@ from faust.types import EventT, StreamT
 from innerloop import metrics
 from innerloop.config import KafkaSettings, Settings
 from innerloop.errors import ServiceError
-from innerloop.evaluation.quality_state import Batch, Progress, User
-from innerloop.evaluation.quality_windows import QualityWindows, WindowShape
+from innerloop.evaluation.quality.state import Batch, Progress, User
+from innerloop.evaluation.quality.windows import QualityWindows, WindowShape
 from innerloop.streams.clients import require_broker
 from innerloop.streams.topics import partition_counts
 

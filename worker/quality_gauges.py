@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from prometheus_client import Gauge
 
 from innerloop import metrics
-from innerloop.evaluation.quality_record import Group, QualityWindow
+from innerloop.evaluation.quality.record import Group, QualityWindow
 
 Series = tuple[Gauge, tuple[str, ...]]
 

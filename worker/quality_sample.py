@@ -9,8 +9,8 @@ import xxhash
 
 from innerloop.config import Settings
 from innerloop.errors import DeadLetterError
-from innerloop.evaluation.quality_record import CUTOFFS
-from innerloop.evaluation.quality_state import AdsListed, Batch, Click, Listed, Purchase
+from innerloop.evaluation.quality.record import CUTOFFS
+from innerloop.evaluation.quality.state import AdsListed, Batch, Click, Listed, Purchase
 from innerloop.events import decode
 from innerloop.holdout import in_hold_out, in_sample
 from innerloop.scores import AdScores, Arm, RecommendationScores

@@ -19,9 +19,9 @@ from innerloop.client import ScoreReader
 from innerloop.config import Settings, load_settings
 from innerloop.errors import ServiceError, SettingsError
 from innerloop.evaluation.outcome import Ints
-from innerloop.evaluation.protocols.stream import Heard
-from innerloop.evaluation.served import list_length, seen
-from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.evaluation.stream.options import StreamOptions
+from innerloop.evaluation.stream.protocol import Heard
+from innerloop.evaluation.stream.served import list_length, seen
 from innerloop.events import CODES
 from innerloop.learning.releases import Release, save
 from innerloop.learning.stream_log import StreamLog

@@ -27,7 +27,7 @@ from costs import costs
 from machine import Report, describe, options
 
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.streams import clients
 from innerloop.streams.lag import LagReader
 from innerloop.streams.tail import Tail

@@ -37,8 +37,8 @@ from innerloop.config import (
     TopicSettings,
     load_settings,
 )
-from innerloop.evaluation.judge import Evidence, Verdict, judge
-from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.evaluation.judge.evidence import gathered, rules_of
+from innerloop.evaluation.judge.verdict import Evidence, Verdict, judge
 from innerloop.learning.releases import save
 from innerloop.store.database import Database, connect
 from innerloop.store.migrate import migrate

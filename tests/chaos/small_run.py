@@ -14,8 +14,8 @@ from settle import settle
 from world import impressions, ledger_writes, prepare
 
 from innerloop.config import AdaptSettings, IngestSettings, KafkaSettings, Settings, SupportSettings, TopicSettings
-from innerloop.evaluation.judge import LedgerWrite, Verdict, judge
-from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.evaluation.judge.evidence import gathered, rules_of
+from innerloop.evaluation.judge.verdict import LedgerWrite, Verdict, judge
 from innerloop.store.database import Database, connect
 from innerloop.streams import clients
 

@@ -11,7 +11,7 @@ from broken import STEPS, Fault, Kind
 from small_run import SECONDS, SmallRun, small, until
 
 from innerloop.config import Settings
-from innerloop.evaluation.judge_scores import same_content
+from innerloop.evaluation.judge.scores import same_content
 from innerloop.store.audit import StoredExample, stored_sets
 from innerloop.store.database import connect, transaction
 from innerloop.store.migrate import migrate

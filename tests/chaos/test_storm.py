@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from innerloop.evaluation.judge import FATES
+from innerloop.evaluation.judge.verdict import FATES
 
 RUN = Path(__file__).with_name("run.py")
 KINDS = {

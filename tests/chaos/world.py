@@ -13,7 +13,7 @@ import torch
 from psycopg2.extensions import connection as Connection  # noqa: N812 - it is a class
 
 from innerloop.config import Settings
-from innerloop.evaluation.judge import LedgerWrite
+from innerloop.evaluation.judge.verdict import LedgerWrite
 from innerloop.learning.candidates import PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import BayesHead

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.store import accounts
 from innerloop.store.database import Database, connect
 from innerloop.streams import clients

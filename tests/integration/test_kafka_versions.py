@@ -23,8 +23,8 @@ from test_ingest import (
 
 from innerloop.client import ScoreReader
 from innerloop.config import Settings
-from innerloop.evaluation.judge import judge
-from innerloop.evaluation.judge_evidence import gathered, rules_of
+from innerloop.evaluation.judge.evidence import gathered, rules_of
+from innerloop.evaluation.judge.verdict import judge
 from innerloop.streams import clients, loop
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker import kafka_jars

@@ -22,7 +22,7 @@ from shell import Shell
 
 from innerloop.client import newest, newest_two
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.evaluation.shop import Shop
 from innerloop.scores import AdScores, RecommendationScores
 from innerloop.store import accounts, support_sets

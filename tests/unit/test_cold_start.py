@@ -9,12 +9,12 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.cold_start import protocol as cold_start
+from innerloop.evaluation.cold_start.baselines import PopularityInCategory
+from innerloop.evaluation.cold_start.episodes import Episodes, draw_episodes
+from innerloop.evaluation.cold_start.ratings import read_rating_data
+from innerloop.evaluation.cold_start.validation import Chosen, choose, contents_of, item_categories, learn_arms, split
 from innerloop.evaluation.outcome import Outcome
-from innerloop.evaluation.protocols import cold_start
-from innerloop.evaluation.rating_baselines import PopularityInCategory
-from innerloop.evaluation.rating_episodes import Episodes, draw_episodes
-from innerloop.evaluation.rating_validation import Chosen, choose, contents_of, item_categories, learn_arms, split
-from innerloop.evaluation.ratings import read_rating_data
 from innerloop.evaluation.scoreboard import rows
 from innerloop.learning.heads import Recipe
 

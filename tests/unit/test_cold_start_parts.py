@@ -10,10 +10,10 @@ from numpy.testing import assert_allclose
 from sklearn.linear_model import LogisticRegression
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.rating_baselines import Popularity, RatingArm, learn_candidates
-from innerloop.evaluation.rating_decision import DecisionRule, MedianRule, Prediction
-from innerloop.evaluation.rating_episodes import draw_episodes, other_users
-from innerloop.evaluation.ratings import read_rating_data
+from innerloop.evaluation.cold_start.baselines import Popularity, RatingArm, learn_candidates
+from innerloop.evaluation.cold_start.decision import DecisionRule, MedianRule, Prediction
+from innerloop.evaluation.cold_start.episodes import draw_episodes, other_users
+from innerloop.evaluation.cold_start.ratings import read_rating_data
 from innerloop.learning.rating_model import Ratings
 
 RATINGS = pl.DataFrame({"user_id": [2, 2, 10, 10], "item_id": [5, 6, 5, 7], "rating": [1, 2, 3, 4]})

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation import conversion_baselines as baselines
 from innerloop.evaluation import taught_heads
-from innerloop.evaluation.conversion_heads import Clicks
-from innerloop.evaluation.conversion_log import read_log
-from innerloop.evaluation.conversion_served import served
-from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
+from innerloop.evaluation.conversion import baselines
+from innerloop.evaluation.conversion import protocol as conversion
+from innerloop.evaluation.conversion.heads import Clicks
+from innerloop.evaluation.conversion.log import read_log
+from innerloop.evaluation.conversion.served import served
+from innerloop.evaluation.conversion.statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import auc, calibration_error
-from innerloop.evaluation.protocols import conversion
 from innerloop.evaluation.scoreboard import rows
 from innerloop.learning.ads.ad_head import INTENT, OWN_CLICKS
 from innerloop.learning.ads.click_log import Histories, content_prior, known_counts, overall_rate, population

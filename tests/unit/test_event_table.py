@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.conversion_log import read_log
+from innerloop.evaluation.conversion.log import read_log
 from innerloop.evaluation.event_table import read_actions, read_events
-from innerloop.evaluation.stream_log import read_table
+from innerloop.evaluation.stream.log import read_table
 
 MOMENT = 1_514_737_251_000
 

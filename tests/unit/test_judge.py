@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.errors import DeadLetterError
-from innerloop.evaluation.judge import FATES, MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
-from innerloop.evaluation.judge_contents import Contents, Prior
-from innerloop.evaluation.judge_oracle import Headers, Oracle, Poison, Rules, partition_of, read_event
-from innerloop.evaluation.judge_scores import content_key, same_content
+from innerloop.evaluation.judge.contents import Contents, Prior
+from innerloop.evaluation.judge.oracle import Headers, Oracle, Poison, Rules, partition_of, read_event
+from innerloop.evaluation.judge.scores import content_key, same_content
+from innerloop.evaluation.judge.verdict import FATES, MOST_FINDINGS, Evidence, LedgerWrite, Verdict, judge
 from innerloop.events import decode
 from innerloop.store.audit import LedgerRow, StoredExample, StoredSet
 from innerloop.streams.batch import Record

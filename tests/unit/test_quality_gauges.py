@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from innerloop import schemas
 from innerloop.config import Settings
-from innerloop.evaluation.quality_record import Group, QualityWindow
+from innerloop.evaluation.quality.record import Group, QualityWindow
 from innerloop.worker.quality import Quality
 from innerloop.worker.quality_gauges import WindowGauges
 

@@ -1,7 +1,7 @@
 import json
 
 from innerloop.config import Settings
-from innerloop.evaluation.quality_state import Click
+from innerloop.evaluation.quality.state import Click
 from innerloop.holdout import in_hold_out
 from innerloop.worker.quality_sample import Reader, Record, Sampler
 

@@ -5,10 +5,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from innerloop.evaluation.quality_judge import JudgedClick, effective_clicks, lifts
-from innerloop.evaluation.quality_record import QualityWindow
-from innerloop.evaluation.quality_state import Batch, Click, Listed, Progress, Purchase, User
-from innerloop.evaluation.quality_windows import QualityWindows, WindowShape, held_against
+from innerloop.evaluation.quality.figures import JudgedClick, effective_clicks, lifts
+from innerloop.evaluation.quality.record import QualityWindow
+from innerloop.evaluation.quality.state import Batch, Click, Listed, Progress, Purchase, User
+from innerloop.evaluation.quality.windows import QualityWindows, WindowShape, held_against
 from innerloop.holdout import place
 
 SHAPE = WindowShape(window_ms=1_000, grace_ms=500, idle_ms=2_000)
@@ -226,7 +226,7 @@ def test_a_click_looks_at_a_bounded_number_of_other_users(monkeypatch: pytest.Mo
         looked.append(click)
         return held_against(click, lists)
 
-    monkeypatch.setattr("innerloop.evaluation.quality_windows.held_against", counted)
+    monkeypatch.setattr("innerloop.evaluation.quality.windows.held_against", counted)
     windows = QualityWindows(SHAPE)
     lists = [listed(5_000, ["a"], user=f"later{n}") for n in range(1_000)]
     windows.hear(Batch("c", 6_000, clicks=[click(2_000)], lists=[listed(1_000, ["a"]), *lists]))

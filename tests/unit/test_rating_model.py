@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from innerloop.evaluation.rating_arms import bayes
+from innerloop.evaluation.cold_start.arms import bayes
 from innerloop.learning.content import Content, read_content
 from innerloop.learning.rating_model import Factors, RatingModel, Ratings, _Table, _update, learn_ratings
 from innerloop.learning.rating_tasks import RatingTasks

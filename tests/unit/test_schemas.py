@@ -11,7 +11,7 @@ from innerloop import schemas
 from innerloop.config import KafkaSettings, Settings, TopicSettings
 from innerloop.erasure import Erasure
 from innerloop.errors import DeadLetterError
-from innerloop.evaluation.quality_record import QualityWindow
+from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.events import Event, decode
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
 from innerloop.shop_items import Item, decode_item

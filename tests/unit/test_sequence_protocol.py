@@ -7,7 +7,8 @@ import pytest
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
-from innerloop.evaluation.baselines.sequence_scorers import (
+from innerloop.evaluation.outcome import Outcome
+from innerloop.evaluation.sequence.baselines import (
     Ease,
     Ials,
     Popularity,
@@ -16,12 +17,11 @@ from innerloop.evaluation.baselines.sequence_scorers import (
     TransitionSettings,
     VSknn,
 )
-from innerloop.evaluation.outcome import Outcome
-from innerloop.evaluation.protocols.sequence import BASELINES, _other_users, run
-from innerloop.evaluation.sequence_course import HEADS, Options
-from innerloop.evaluation.sequence_heads import GAINS, chosen_gain
-from innerloop.evaluation.sequence_served import ServedSequences, as_events
-from innerloop.evaluation.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.course import HEADS, Options
+from innerloop.evaluation.sequence.heads import GAINS, chosen_gain
+from innerloop.evaluation.sequence.protocol import BASELINES, _other_users, run
+from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.served import ServedSequences, as_events
 
 QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",), positions=20_000)
 

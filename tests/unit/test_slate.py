@@ -8,12 +8,12 @@ import torch
 from innerloop.errors import SettingsError
 from innerloop.evaluation import taught_heads
 from innerloop.evaluation.baselines import sasrec
-from innerloop.evaluation.protocols import slate
 from innerloop.evaluation.scoreboard import rows
-from innerloop.evaluation.slate_features import Action, Layout, Population, Slate, features, price_ranks
-from innerloop.evaluation.slate_heads import LISTS, HeadArms, support, teach
-from innerloop.evaluation.slate_log import read_log
-from innerloop.evaluation.slate_replay import Choice, Replay
+from innerloop.evaluation.slate import protocol as slate
+from innerloop.evaluation.slate.features import Action, Layout, Population, Slate, features, price_ranks
+from innerloop.evaluation.slate.heads import LISTS, HeadArms, support, teach
+from innerloop.evaluation.slate.log import read_log
+from innerloop.evaluation.slate.replay import Choice, Replay
 from innerloop.learning.ads.choosers import Chooser, Seen
 
 _START = 1_750_000_000_000

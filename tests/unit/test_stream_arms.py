@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from innerloop.evaluation.stream_arms import ranks
+from innerloop.evaluation.stream.arms import ranks
 
 ITEMS, WIDTH = 8, 5
 

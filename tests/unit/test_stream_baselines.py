@@ -16,12 +16,12 @@ from innerloop.evaluation.baselines.item_knn import SequentialRules
 from innerloop.evaluation.baselines.popularity import Popularity, PopularityInCategory, PopularityLastHour
 from innerloop.evaluation.baselines.recents import CartedRecents, Recents
 from innerloop.evaluation.baselines.sasrec import SasRec
-from innerloop.evaluation.baselines.stream import NAMES, baselines
 from innerloop.evaluation.baselines.visits import Visits
 from innerloop.evaluation.baselines.vsknn import SessionNeighbours
 from innerloop.evaluation.outcome import Ints
-from innerloop.evaluation.stream_arms import StreamArm
-from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.evaluation.stream.arms import StreamArm
+from innerloop.evaluation.stream.baselines import NAMES, baselines
+from innerloop.evaluation.stream.options import StreamOptions
 from innerloop.learning.stream_log import StreamLog, stream_of
 
 MINUTE = 60_000

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.stream_log import read_table
+from innerloop.evaluation.stream.log import read_table
 from innerloop.events import CODES
 from innerloop.learning.stream_log import StreamLog, stream_of
 

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation import served as served_module
-from innerloop.evaluation.baselines.stream import NAMES
 from innerloop.evaluation.outcome import Outcome
-from innerloop.evaluation.protocols import stream as stream_module
-from innerloop.evaluation.protocols.stream import Heard, moments, run
-from innerloop.evaluation.served import School, Served, list_length, seen
 from innerloop.evaluation.shop import Process, Shop
-from innerloop.evaluation.stream_arms import ranks
-from innerloop.evaluation.stream_options import PRESETS, StreamOptions, options_of
+from innerloop.evaluation.stream import protocol as stream_module
+from innerloop.evaluation.stream import served as served_module
+from innerloop.evaluation.stream.arms import ranks
+from innerloop.evaluation.stream.baselines import NAMES
+from innerloop.evaluation.stream.options import PRESETS, StreamOptions, options_of
+from innerloop.evaluation.stream.protocol import Heard, moments, run
+from innerloop.evaluation.stream.served import School, Served, list_length, seen
 from innerloop.events import CODES
 from innerloop.learning.releases import Release
 from innerloop.learning.scorer import Lists, Scorer

@@ -1,1 +1,1 @@
-"""What shops run today: the methods that an adapted list has to beat."""
+"""What shops run today, on a stream of events: the lists that an adapted one has to beat in `stream` and in `slate`."""

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from innerloop.evaluation.baselines.sequence_scorers import Scores
 from innerloop.evaluation.outcome import Floats, Ints
-from innerloop.evaluation.sequences import Sequences
+from innerloop.evaluation.sequence.baselines import Scores
+from innerloop.evaluation.sequence.sequences import Sequences
 from innerloop.learning.heads.base import Head, Support
 from innerloop.learning.heads.meta import Episodes, Recipe
 from innerloop.learning.softmax_training import SequenceModel

@@ -1,13 +1,13 @@
 """`innerloop evaluate sequence`: every user's last item is to be found among the whole catalogue.
 
 The last item of each user is the test target, the one before it the validation target, everything before that the
-training part (see sequence_course for what is learned from which). Test targets are ranked among all items, ties
+training part (see course.py for what is learned from which). Test targets are ranked among all items, ties
 pessimistically. Whether items that a user has had before are ranked too follows from the data: they are left out where
 validation targets are hardly ever repeats. Published full rankings differ in this; SASRec's leaves them out.
 
-Arms: `default` is what adapt serves, a release trained on everything before the test targets (see sequence_served);
+Arms: `default` is what adapt serves, a release trained on everything before the test targets (see served.py);
 `none` is what it gives a user of whom nothing is known, `placebo` what it gives another user. Each head is adapted
-around the vector of a history encoder of this protocol's own (see sequence_heads). Baselines: popularity, own recents,
+around the vector of a history encoder of this protocol's own (see heads.py). Baselines: popularity, own recents,
 item-kNN with sequential rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained
 with many negatives, which is the history encoder by itself). There are no clocks here, so the arms stale-1h and
 stale-1d don't apply.
@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.config import LearningSettings
-from innerloop.evaluation.baselines.sequence_scorers import Scorer
 from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
-from innerloop.evaluation.sequence_course import Course, Options
-from innerloop.evaluation.sequence_served import ServedSequences
-from innerloop.evaluation.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.baselines import Scorer
+from innerloop.evaluation.sequence.course import Course, Options
+from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.served import ServedSequences
 
 BASELINES = frozenset({"popularity", "recents", "item-knn", "vsknn", "ials", "ease", "sasrec"})
 _CUTOFFS = (10, 20)

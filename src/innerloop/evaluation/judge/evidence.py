@@ -4,9 +4,9 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 
 from innerloop.config import Settings
-from innerloop.evaluation.judge import Evidence, LedgerWrite
-from innerloop.evaluation.judge_contents import Contents, prior_of
-from innerloop.evaluation.judge_oracle import Rules
+from innerloop.evaluation.judge.contents import Contents, prior_of
+from innerloop.evaluation.judge.oracle import Rules
+from innerloop.evaluation.judge.verdict import Evidence, LedgerWrite
 from innerloop.learning.releases import load
 from innerloop.store import erasures, items, releases
 from innerloop.store.audit import StoredSet, ledger_rows, stored_sets

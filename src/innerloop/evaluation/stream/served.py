@@ -12,8 +12,8 @@ import torch
 from innerloop.config import LearningSettings, SupportSettings
 from innerloop.evaluation.baselines.candidate_lists import WIDTH
 from innerloop.evaluation.outcome import Floats, Ints, Tell
-from innerloop.evaluation.stream_arms import ranks
-from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.evaluation.stream.arms import ranks
+from innerloop.evaluation.stream.options import StreamOptions
 from innerloop.learning.heads import Head
 from innerloop.learning.ranker_training import Replay
 from innerloop.learning.releases import Release

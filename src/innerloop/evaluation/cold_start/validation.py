@@ -8,19 +8,19 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.outcome import Bools, Ints
-from innerloop.evaluation.rating_arms import Arms, ModelSettings, bayes, learn_heads
-from innerloop.evaluation.rating_baselines import (
+from innerloop.evaluation.cold_start.arms import Arms, ModelSettings, bayes, learn_heads
+from innerloop.evaluation.cold_start.baselines import (
     CATEGORY_COLUMNS,
     Popularity,
     PopularityInCategory,
     RatingArm,
     learn_candidates,
 )
-from innerloop.evaluation.rating_decision import DecisionRule, Prediction
-from innerloop.evaluation.rating_episodes import Episodes, draw_episodes
-from innerloop.evaluation.rating_heads import HeadArm
-from innerloop.evaluation.ratings import RatingData
+from innerloop.evaluation.cold_start.decision import DecisionRule, Prediction
+from innerloop.evaluation.cold_start.episodes import Episodes, draw_episodes
+from innerloop.evaluation.cold_start.heads import HeadArm
+from innerloop.evaluation.cold_start.ratings import RatingData
+from innerloop.evaluation.outcome import Bools, Ints
 from innerloop.learning.content import Content, read_content
 from innerloop.learning.heads import Recipe
 from innerloop.learning.rating_model import RatingModel, Ratings, learn_ratings

@@ -11,8 +11,8 @@ from itertools import groupby
 
 import numpy as np
 
-from innerloop.evaluation.slate_features import Action, Population, Slate, distinct
-from innerloop.evaluation.slate_log import SlateLog
+from innerloop.evaluation.slate.features import Action, Population, Slate, distinct
+from innerloop.evaluation.slate.log import SlateLog
 
 HOUR, DAY = 3_600_000, 86_400_000
 CAPACITY = 64  # actions of a user that are kept, as of a support set

@@ -13,8 +13,8 @@ import torch
 
 from innerloop.config import LearningSettings, SupportSettings
 from innerloop.evaluation.outcome import Ints, Tell
-from innerloop.evaluation.sequences import Sequences
-from innerloop.evaluation.stream_arms import ranks
+from innerloop.evaluation.sequence.sequences import Sequences
+from innerloop.evaluation.stream.arms import ranks
 from innerloop.events import CODES
 from innerloop.learning.ranker_training import Replay
 from innerloop.learning.releases import Release

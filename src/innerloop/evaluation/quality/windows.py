@@ -24,9 +24,9 @@ from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from innerloop.evaluation.quality_judge import JudgedAd, JudgedClick, groups, lifts
-from innerloop.evaluation.quality_record import JudgedArm, QualityWindow
-from innerloop.evaluation.quality_state import (
+from innerloop.evaluation.quality.figures import JudgedAd, JudgedClick, groups, lifts
+from innerloop.evaluation.quality.record import JudgedArm, QualityWindow
+from innerloop.evaluation.quality.state import (
     AdClick,
     Batch,
     Click,

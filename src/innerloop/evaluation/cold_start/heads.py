@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from innerloop.evaluation.cold_start.baselines import known_support
+from innerloop.evaluation.cold_start.decision import Prediction
+from innerloop.evaluation.cold_start.episodes import Episodes
 from innerloop.evaluation.outcome import Floats, Ints
-from innerloop.evaluation.rating_baselines import known_support
-from innerloop.evaluation.rating_decision import Prediction
-from innerloop.evaluation.rating_episodes import Episodes
 from innerloop.learning.heads.base import Head, Support
 from innerloop.learning.rating_tasks import RatingTasks
 

@@ -14,8 +14,8 @@ What it checks, each finding a sentence with the user, place or offset:
   takes the next epoch and leaves the offset as it is;
 - requests: the highest version asked for of each user is that of its set, no version was asked for that never was, and
   each lies on the partition of its key;
-- scores: see `judge_scores`;
-- contents: the last lists of a sample of users are what their release makes of their sets, see `judge_contents`.
+- scores: see scores.py;
+- contents: the last lists of a sample of users are what their release makes of their sets, see contents.py.
 
 Versions are not compared with anything: how many there are depends on the batches.
 """
@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from innerloop.evaluation.judge_contents import Contents
-from innerloop.evaluation.judge_oracle import Example, Oracle, Place, Rules, partition_of
-from innerloop.evaluation.judge_scores import Final, ScoreJudge, listed, same_list
+from innerloop.evaluation.judge.contents import Contents
+from innerloop.evaluation.judge.oracle import Example, Oracle, Place, Rules, partition_of
+from innerloop.evaluation.judge.scores import Final, ScoreJudge, listed, same_list
 from innerloop.scores import AdaptationRequest
 from innerloop.store.audit import LedgerRow, StoredSet
 from innerloop.streams.batch import Partition, Record

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from innerloop.evaluation.judge_oracle import Example
+from innerloop.evaluation.judge.oracle import Example
 from innerloop.holdout import in_hold_out
 from innerloop.learning.heads import BayesHead
 from innerloop.learning.releases import Release

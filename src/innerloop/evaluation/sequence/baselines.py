@@ -14,7 +14,7 @@ import threadpoolctl
 from numpy.typing import NDArray
 
 from innerloop.evaluation.outcome import Ints
-from innerloop.evaluation.sequences import Sequences
+from innerloop.evaluation.sequence.sequences import Sequences
 
 Scores = NDArray[np.float32]
 _NEIGHBOURS = 500  # of a session in V-SkNN

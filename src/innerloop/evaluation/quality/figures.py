@@ -15,7 +15,7 @@ import numpy as np
 
 from innerloop.evaluation.metrics import auc, hit_rate, predicted_over_observed, reciprocal_rank
 from innerloop.evaluation.outcome import Floats, Ints
-from innerloop.evaluation.quality_record import CUTOFFS, AdFigures, AtCutoff, Group, JudgedArm, Lift
+from innerloop.evaluation.quality.record import CUTOFFS, AdFigures, AtCutoff, Group, JudgedArm, Lift
 from innerloop.scores import Arm
 
 _Z = 1.959963984540054

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from innerloop.evaluation.rating_baselines import RatingArm, known_support
-from innerloop.evaluation.rating_episodes import draw_episodes
-from innerloop.evaluation.rating_heads import HeadArm
+from innerloop.evaluation.cold_start.baselines import RatingArm, known_support
+from innerloop.evaluation.cold_start.episodes import draw_episodes
+from innerloop.evaluation.cold_start.heads import HeadArm
 from innerloop.learning.heads import META_TRAIN, BayesHead, Episodes, Head, NoneHead, Recipe
 from innerloop.learning.rating_model import RatingModel, Ratings
 from innerloop.learning.rating_tasks import RatingTasks

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.baselines.stream import NAMES as BASELINES
-from innerloop.evaluation.baselines.stream import baselines
 from innerloop.evaluation.metrics import hit_rate, reciprocal_rank
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
-from innerloop.evaluation.served import School, Served, judged
-from innerloop.evaluation.stream_arms import StreamArm
-from innerloop.evaluation.stream_log import read_table
-from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.evaluation.stream.arms import StreamArm
+from innerloop.evaluation.stream.baselines import NAMES as BASELINES
+from innerloop.evaluation.stream.baselines import baselines
+from innerloop.evaluation.stream.log import read_table
+from innerloop.evaluation.stream.options import StreamOptions
+from innerloop.evaluation.stream.served import School, Served, judged
 from innerloop.events import CODES
 from innerloop.learning.releases import Release
 from innerloop.learning.stream_log import StreamLog, stream_of

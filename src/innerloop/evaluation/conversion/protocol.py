@@ -6,9 +6,9 @@ counts as a negative an hour after it, until a purchase says otherwise. Probabil
 the data on the clicks since the training part whose labels have matured. Arms:
 
     default, bayes     what the user's events say of the item, everybody's rates, and the user's own weights
-    anil, cavia, maml, reptile   heads on what the user's own weights act on (`conversion_heads`)
+    anil, cavia, maml, reptile   heads on what the user's own weights act on (see heads.py)
     shared             the same with everybody's weights
-    served             as adapt publishes it (`conversion_served`): the rates and the calibration of the cut, and what
+    served             as adapt publishes it (see served.py): the rates and the calibration of the cut, and what
                        was known when the user's event before came in
     none               everybody's rates alone, weights fitted for just that
     placebo            another user's events
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation import conversion_baselines as baselines
-from innerloop.evaluation.conversion_heads import EPISODES, Clicks, teach
-from innerloop.evaluation.conversion_heads import logits as head_logits
-from innerloop.evaluation.conversion_log import read_log
-from innerloop.evaluation.conversion_served import served
-from innerloop.evaluation.conversion_statistics import Auc, CalibrationError
+from innerloop.evaluation.conversion import baselines
+from innerloop.evaluation.conversion.heads import EPISODES, Clicks, teach
+from innerloop.evaluation.conversion.heads import logits as head_logits
+from innerloop.evaluation.conversion.log import read_log
+from innerloop.evaluation.conversion.served import served
+from innerloop.evaluation.conversion.statistics import Auc, CalibrationError
 from innerloop.evaluation.metrics import log_loss, predicted_over_observed
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.learning.ads.ad_head import VARIANCES, AdHead, choose_variance

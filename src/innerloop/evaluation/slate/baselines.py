@@ -14,8 +14,8 @@ from innerloop.evaluation.baselines.sasrec import SasRec
 from innerloop.evaluation.baselines.visits import Visits
 from innerloop.evaluation.baselines.vsknn import SessionNeighbours
 from innerloop.evaluation.outcome import Floats, Ints
-from innerloop.evaluation.slate_log import SlateLog
-from innerloop.evaluation.slate_replay import CAPACITY
+from innerloop.evaluation.slate.log import SlateLog
+from innerloop.evaluation.slate.replay import CAPACITY
 from innerloop.learning.stream_log import StreamLog, stream_of
 
 ARMS = frozenset(arm.name for arm in (SessionNeighbours, ImplicitFactors, SasRec))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from innerloop.evaluation.judge_oracle import partition_of
+from innerloop.evaluation.judge.oracle import partition_of
 from innerloop.streams.batch import Record
 from innerloop.streams.watch import OWNER_HEADER
 

@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from innerloop.evaluation.cold_start.decision import Prediction
+from innerloop.evaluation.cold_start.episodes import Episodes
 from innerloop.evaluation.outcome import Bools, Floats, Ints
-from innerloop.evaluation.rating_decision import Prediction
-from innerloop.evaluation.rating_episodes import Episodes
 from innerloop.learning.rating_model import Ratings
 
 _NEIGHBOUR_SHRINKAGE = 100.0  # Koren 2010, section 4.1

@@ -10,8 +10,8 @@ from innerloop.evaluation.baselines.recents import ASIDE, CartedRecents, Recents
 from innerloop.evaluation.baselines.sasrec import SasRec
 from innerloop.evaluation.baselines.visits import Visits
 from innerloop.evaluation.baselines.vsknn import SessionNeighbours
-from innerloop.evaluation.stream_arms import StreamArm
-from innerloop.evaluation.stream_options import StreamOptions
+from innerloop.evaluation.stream.arms import StreamArm
+from innerloop.evaluation.stream.options import StreamOptions
 from innerloop.learning.stream_log import StreamLog
 
 NAMES = frozenset(

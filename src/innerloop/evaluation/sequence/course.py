@@ -15,7 +15,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from innerloop.evaluation.baselines.sequence_scorers import (
+from innerloop.evaluation.metrics import ndcg_of_one
+from innerloop.evaluation.outcome import Floats, Ints, Tell
+from innerloop.evaluation.sequence.baselines import (
     Ease,
     Ials,
     IalsSettings,
@@ -27,10 +29,8 @@ from innerloop.evaluation.baselines.sequence_scorers import (
     TransitionSettings,
     VSknn,
 )
-from innerloop.evaluation.metrics import ndcg_of_one
-from innerloop.evaluation.outcome import Floats, Ints, Tell
-from innerloop.evaluation.sequence_heads import Adapted, Encoded, teach
-from innerloop.evaluation.sequences import Sequences
+from innerloop.evaluation.sequence.heads import Adapted, Encoded, teach
+from innerloop.evaluation.sequence.sequences import Sequences
 from innerloop.learning.heads import META_TRAIN, Recipe
 from innerloop.learning.history_encoder import history_encoder
 from innerloop.learning.item_encoder import ItemEncoder

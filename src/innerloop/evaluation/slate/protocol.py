@@ -4,7 +4,7 @@ The first part of the log (by time) trains; every later choice is scored and the
 fitted again whenever the lists learned from have grown by a quarter. Arms:
 
     default, bayes     the user's own actions as features, and the user's own weights from earlier lists
-    anil, cavia, maml, reptile   heads on what the user's own weights act on, taught once (`slate_heads`)
+    anil, cavia, maml, reptile   heads on what the user's own weights act on, taught once (see heads.py)
     shared             the user's own actions as features, everybody's weights
     none               nothing of the user: position, price and popularity alone, weights fitted for just that
     placebo            actions and lists of another user
@@ -24,9 +24,9 @@ import numpy as np
 from innerloop.errors import SettingsError
 from innerloop.evaluation.metrics import pessimistic_ranks
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
-from innerloop.evaluation.slate_baselines import ARMS as STREAM_ARMS
-from innerloop.evaluation.slate_baselines import stream_scores
-from innerloop.evaluation.slate_features import (
+from innerloop.evaluation.slate.baselines import ARMS as STREAM_ARMS
+from innerloop.evaluation.slate.baselines import stream_scores
+from innerloop.evaluation.slate.features import (
     Action,
     Features,
     Layout,
@@ -38,9 +38,9 @@ from innerloop.evaluation.slate_features import (
     positions_of,
     price_ranks,
 )
-from innerloop.evaluation.slate_heads import EPISODES, LISTS, HeadArms, teach
-from innerloop.evaluation.slate_log import SlateLog, read_log
-from innerloop.evaluation.slate_replay import DAY, HOUR, Choice, Replay, is_choice, until
+from innerloop.evaluation.slate.heads import EPISODES, LISTS, HeadArms, teach
+from innerloop.evaluation.slate.log import SlateLog, read_log
+from innerloop.evaluation.slate.replay import DAY, HOUR, Choice, Replay, is_choice, until
 from innerloop.learning.ads.choosers import Chooser, Seen
 
 _OWN = ("position slopes", "price", "recency", "own counts", "population")

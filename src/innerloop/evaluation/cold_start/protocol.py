@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.cold_start.arms import OURS, Arms
+from innerloop.evaluation.cold_start.baselines import RatingArm
+from innerloop.evaluation.cold_start.decision import DecisionRule, Prediction
+from innerloop.evaluation.cold_start.episodes import FEWEST, MOST, Episodes, draw_episodes, other_users
+from innerloop.evaluation.cold_start.ratings import read_rating_data
+from innerloop.evaluation.cold_start.validation import Chosen, choose, learn_arms
 from innerloop.evaluation.metrics import ndcg_of_rows
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
-from innerloop.evaluation.rating_arms import OURS, Arms
-from innerloop.evaluation.rating_baselines import RatingArm
-from innerloop.evaluation.rating_decision import DecisionRule, Prediction
-from innerloop.evaluation.rating_episodes import FEWEST, MOST, Episodes, draw_episodes, other_users
-from innerloop.evaluation.rating_validation import Chosen, choose, learn_arms
-from innerloop.evaluation.ratings import read_rating_data
 from innerloop.learning.heads import Recipe
 from innerloop.learning.rating_model import Ratings
 

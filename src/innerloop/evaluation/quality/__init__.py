@@ -1,0 +1,1 @@
+"""How lists fare with users just now: the figures of `innerloop quality`, without Kafka or a clock."""

@@ -1,0 +1,1 @@
+"""Every user's last item among the whole catalogue: `innerloop evaluate sequence`."""
