@@ -154,15 +154,16 @@ def train(
     events: Annotated[Path | None, typer.Option(help="CSV, JSON Lines or Parquet; default: the database.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Use this first share of the file, by time.")] = 1.0,
+    items: Annotated[Path | None, typer.Option(help="What is said of items; default: the catalogue topic.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Resume the sequence model's training from here.")] = None,
 ) -> None:
     """Fit the encoder, the prior, the sequence model and the ranker, and register a release that adapt loads by itself.
 
     With several processes: torchrun --nproc-per-node 2 -m innerloop.worker train.
     """
-    from .train import run_train  # noqa: PLC0415
+    from .train import Source, run_train  # noqa: PLC0415
 
-    run_train(_settings("train"), events, _columns(column), share, checkpoint)
+    run_train(_settings("train"), Source(events, _columns(column), share, items), checkpoint)
 
 
 @app.command()

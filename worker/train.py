@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from innerloop.config import Settings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
+from innerloop.evaluation.item_table import read_items
+from innerloop.learning.described import COLUMNS
 from innerloop.learning.processes import from_first, join_processes, leave_processes, processes, rank
 from innerloop.learning.releases import Release, save
 from innerloop.learning.sequence_training import forget_checkpoint
@@ -21,42 +24,63 @@ from innerloop.store.database import Database, connect, require_tables, transact
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import require_topics
 
+from .train_items import items_on_topic
 
-def run_train(
-    settings: Settings, file: Path | None, columns: Mapping[str, str], share: float, checkpoint: Path | None = None
-) -> None:
-    """Train on the first `share` of `file`, or on the support sets in the database, and register the release.
+
+@dataclass(frozen=True)
+class Source:
+    """What to train on.
+
+    The first `share` of the file `events`, without one the support sets in the database; and what the file `items` says
+    of items, without one the catalogue topic.
+    """
+
+    events: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    items: Path | None = None
+
+
+def run_train(settings: Settings, source: Source, checkpoint: Path | None = None) -> None:
+    """Train, and register the release.
 
     Under torchrun the processes share the training; the first one reads the history and registers the release.
     """
     join_processes()
     try:
-        _train(settings, file, columns, share, checkpoint)
+        _train(settings, source, checkpoint)
     finally:
         leave_processes()
 
 
-def _train(
-    settings: Settings, file: Path | None, columns: Mapping[str, str], share: float, checkpoint: Path | None
-) -> None:
+def _train(settings: Settings, source: Source, checkpoint: Path | None) -> None:
     engine = connect(settings.database)
     require_tables(engine)
     require_topics(settings, [settings.topics.releases])  # now, not after the training
-    events = _agreed_on(lambda: _history(engine, file, columns, share))
+    events = _agreed_on(lambda: _history(engine, source))
+    items = _agreed_on(lambda: _items(settings, source, events))
     if rank() > 0:
-        _trained(settings, events, 0, checkpoint)
+        _trained(settings, events, 0, checkpoint, items)
         return
-    release, location = train_release(settings, engine, events, checkpoint)
+    release, location = train_release(settings, engine, events, checkpoint, items)
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
 
 
-def _history(engine: Database, file: Path | None, columns: Mapping[str, str], share: float) -> pl.DataFrame:
-    if file is None:
+def _history(engine: Database, source: Source) -> pl.DataFrame:
+    if source.events is None:
         with transaction(engine) as connection:
             return history.read_history(connection)
-    events = read_events(file, columns=columns)
-    return events.head(int(len(events) * share))
+    events = read_events(source.events, columns=source.columns)
+    return events.head(int(len(events) * source.share))
+
+
+def _items(settings: Settings, source: Source, events: pl.DataFrame) -> pl.DataFrame:
+    """What is said of items; an empty table where nothing is."""
+    if source.items is not None:
+        return read_items(source.items)
+    found = items_on_topic(settings, set(events["item_id"]))
+    return pl.DataFrame(schema=COLUMNS) if found is None else found
 
 
 def _agreed_on(read: Callable[[], pl.DataFrame]) -> pl.DataFrame:
@@ -73,7 +97,11 @@ def _agreed_on(read: Callable[[], pl.DataFrame]) -> pl.DataFrame:
 
 
 def train_release(
-    settings: Settings, engine: Database, events: pl.DataFrame, checkpoint: Path | None = None
+    settings: Settings,
+    engine: Database,
+    events: pl.DataFrame,
+    checkpoint: Path | None = None,
+    items: pl.DataFrame | None = None,
 ) -> tuple[Release, Path]:
     """Train, save, register and announce the next release; the release and its card's path.
 
@@ -81,7 +109,7 @@ def train_release(
     """
     with transaction(engine) as connection:
         version = releases.next_version(connection)
-    release = _trained(settings, events, version, checkpoint)
+    release = _trained(settings, events, version, checkpoint, items)
     location = save(release, settings.learning.releases_dir.absolute())
     register(settings, engine, release, location)
     if checkpoint is not None:
@@ -89,7 +117,9 @@ def train_release(
     return release, location
 
 
-def _trained(settings: Settings, events: pl.DataFrame, version: int, checkpoint: Path | None) -> Release:
+def _trained(
+    settings: Settings, events: pl.DataFrame, version: int, checkpoint: Path | None, items: pl.DataFrame | None = None
+) -> Release:
     if events.is_empty():
         raise SettingsError("There are no events to train on: replay some first, or name a file with --events.")
     with Progress(
@@ -110,6 +140,7 @@ def _trained(settings: Settings, events: pl.DataFrame, version: int, checkpoint:
             capacity=settings.support.capacity,
             impressions=settings.support.impressions,
             version=version,
+            items=items,
             progress=_told(bar),
             checkpoint=checkpoint,
         )

@@ -148,6 +148,9 @@ class LearningSettings(_Section):
     """Teach it further by episodes through a head of its own, and keep that where what is held out gains by it."""
     sequence_positions: Positive = 1_500_000
     """Most events, over all epochs, that it learns from: about 20 seconds a million on one core."""
+    described_items: Positive = 200_000
+    """Of the items that the shop describes and nobody has met, so many get a vector from what it says of them: about
+    0.5 KB each in a release."""
     attribution_hours: Annotated[float, Field(ge=0.001, le=8760)] = 24.0
     """A purchase belongs to a click of its item at most so long before. A release keeps what it was learned with: a
     change counts from the next training on. `innerloop quality` goes on to judge ads by 24 hours."""

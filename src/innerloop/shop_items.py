@@ -1,4 +1,4 @@
-"""The shop's catalogue as it tells it: one item, and what people call it. Lists are made without it."""
+"""The shop's catalogue as it tells it: one item, what people call it, and what it is like."""
 
 from typing import Annotated
 

@@ -34,6 +34,7 @@ def with_sequence(release: Release, seed: int = 0) -> Release:
         vectors=torch.randn(items, dimension + 1),
         unseen=torch.zeros(dimension + 1),
         category_vectors=torch.zeros(0, dimension + 1),
+        described=torch.zeros(0, dimension + 1),
         kind="pooled",
         capacity=capacity,
         layers=1,

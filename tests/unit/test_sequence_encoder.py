@@ -13,6 +13,7 @@ import torch
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.learning.candidates import FEATURES, PLAIN
+from innerloop.learning.described import Described
 from innerloop.learning.encoder import learn_encoder
 from innerloop.learning.episodes import log_of
 from innerloop.learning.ranker import Lesson, worth_of_sequences
@@ -147,10 +148,13 @@ def test_going_on_with_a_longer_history_keeps_what_was_learned_and_takes_new_ite
     log = log_of(history, WEIGHTS, sorted(set(history["item_id"])))
     encoder = learn_encoder(log, 16, {})
     cut = int(history["event_time"][-300])
-    taught = learn_sequences(log, encoder, recipe, cut=cut, tell=lambda *_: None)
+    nothing = Described.none()
+    taught = learn_sequences(log, encoder, recipe, cut=cut, described=nothing, tell=lambda *_: None)
     assert taught is not None
     wider = log_of(both, WEIGHTS, sorted(set(both["item_id"])))
-    gone_on = continue_learning(taught, wider, learn_encoder(wider, 16, {}), recipe, tell=lambda *_: None)
+    gone_on = continue_learning(
+        taught, wider, learn_encoder(wider, 16, {}), recipe, described=nothing, tell=lambda *_: None
+    )
     model = gone_on.encoder(recipe)
     known = model.vectors[[gone_on.item_ids.index("i03"), gone_on.item_ids.index("i04")]]
     query = model.queries(known.unsqueeze(0), torch.tensor([2]))[0]
@@ -275,7 +279,12 @@ def test_every_kind_survives_saving_and_is_cut_to_its_capacity(kind: str, with_h
     log = log_of(history, WEIGHTS, sorted(set(history["item_id"])))
     recipe = Recipe(kind=kind, dimension=8, capacity=5, positions=500, through_head=with_head)
     taught = learn_sequences(
-        log, learn_encoder(log, 8, {}), recipe, cut=int(history["event_time"][-60]), tell=lambda *_: None
+        log,
+        learn_encoder(log, 8, {}),
+        recipe,
+        cut=int(history["event_time"][-60]),
+        described=Described.none(),
+        tell=lambda *_: None,
     )
     assert taught is not None
     model = taught.encoder(recipe)

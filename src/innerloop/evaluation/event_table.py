@@ -12,7 +12,7 @@ and, where the file has them, session_id, category, currency, ad_id (String), pr
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -55,8 +55,8 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
     Raises SettingsError when the file is missing or unreadable, or a column cannot be found or understood.
     """
     path = Path(path)
-    raw = _read(path)
-    found = _find_columns(raw, columns or {}, path)
+    raw = read_table(path, "events")
+    found = find_columns(raw, columns or {}, path, names=_NAMES, required=_REQUIRED, table="the event table")
     table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
     table = _typed(table, path)
     if "event_id" not in table.columns:
@@ -70,7 +70,8 @@ def read_actions(path: Path | str, *, columns: Mapping[str, str] | None = None) 
     return read_events(path, columns=columns).filter(pl.col("event_type") != IMPRESSION)
 
 
-def _read(path: Path) -> pl.DataFrame:
+def read_table(path: Path, what: str) -> pl.DataFrame:
+    """Read a file of `what`, whatever its columns. Raises SettingsError when it is missing or unreadable."""
     readers = {
         ".csv": lambda: pl.read_csv(path, infer_schema_length=10_000),
         ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=10_000),
@@ -78,7 +79,7 @@ def _read(path: Path) -> pl.DataFrame:
         ".parquet": lambda: pl.read_parquet(path),
     }
     if not path.is_file():
-        raise SettingsError(f"{path} is not a file: name a CSV, JSON Lines or Parquet file of events.")
+        raise SettingsError(f"{path} is not a file: name a CSV, JSON Lines or Parquet file of {what}.")
     if path.suffix.lower() not in readers:
         raise SettingsError(f"{path} ends in none of {', '.join(readers)}: convert it or rename it.")
     try:
@@ -87,17 +88,29 @@ def _read(path: Path) -> pl.DataFrame:
         raise SettingsError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}.") from None
 
 
-def _find_columns(raw: pl.DataFrame, mapped: Mapping[str, str], path: Path) -> dict[str, str]:
+def find_columns(
+    raw: pl.DataFrame,
+    mapped: Mapping[str, str],
+    path: Path,
+    *,
+    names: Mapping[str, Sequence[str]],
+    required: Sequence[str],
+    table: str,
+) -> dict[str, str]:
+    """By each of our `names` the column of `raw` that has it: the one it is mapped to, else the first of the usual.
+
+    Raises SettingsError when one of the `required` is missing, or one that it is mapped to.
+    """
     there = f"{path} has the columns {', '.join(raw.columns) or '(none)'}"
     for ours, theirs in mapped.items():
-        if ours not in _NAMES:
-            raise SettingsError(f"{ours} is no column of the event table: those are {', '.join(_NAMES)}.")
+        if ours not in names:
+            raise SettingsError(f"{ours} is no column of {table}: those are {', '.join(names)}.")
         if theirs not in raw.columns:
             raise SettingsError(f"{there}, none of them {theirs}, which {ours} is mapped to.")
     lower = {name.lower(): name for name in reversed(raw.columns)}
-    found = {ours: next((lower[n] for n in names if n in lower), None) for ours, names in _NAMES.items()}
+    found = {ours: next((lower[n] for n in usual if n in lower), None) for ours, usual in names.items()}
     found |= mapped
-    for ours in _REQUIRED:
+    for ours in required:
         if found[ours] is None:
             raise SettingsError(f"{there}, none of which is known as {ours}: map one with columns {ours}=NAME.")
     return {ours: theirs for ours, theirs in found.items() if theirs is not None}

@@ -15,9 +15,10 @@ is factorised by a truncated SVD; U sqrt(S), each row scaled to length 1, is tas
 2015: skip-gram with negative sampling approximates the same). A second's work for 100 thousand events; no learning
 rate, no early stop.
 
-An item that isn't in the history gets its category's mean taste plus a signature, a pseudo-random direction made from
-its identifier alone. Two such directions are nearly orthogonal, so that an item of which nothing is known can still be
-told from the others once a task has clicked it.
+An item that isn't in the history gets the taste that its content foretells, where the shop describes it (see
+`described`), else its category's mean, plus a signature, a pseudo-random direction made from its identifier alone. Two
+such directions are nearly orthogonal, so that an item of which nothing is known can still be told from the others once
+a task has clicked it.
 """
 
 import hashlib
@@ -47,11 +48,18 @@ class Encoder:
     categories: list[str]
     category_vectors: Tensor  # [C, d - 2] float32
     item_categories: Tensor  # [N] int64, rows of `categories`, -1 for none
+    described_ids: list[str] = field(default_factory=list)
+    """Items that aren't in the table and have a foretold taste all the same."""
+    described_vectors: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # [X, d - 2] float32
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
+    _described_rows: dict[str, int] = field(init=False, repr=False, compare=False)
     _category_rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rows", {name: n for n, name in enumerate(self.item_ids)})
+        if not self.described_ids:
+            object.__setattr__(self, "described_vectors", self.vectors.new_zeros(0, max(0, self.dimension - FIXED)))
+        object.__setattr__(self, "_described_rows", {name: n for n, name in enumerate(self.described_ids)})
         object.__setattr__(self, "_category_rows", {name: n for n, name in enumerate(self.categories)})
 
     @property
@@ -66,6 +74,10 @@ class Encoder:
     def rows_of(self, item_ids: Sequence[str]) -> Tensor:
         """Where items are in the table, [M] int64; -1 for what isn't."""
         return torch.tensor([self._rows.get(item_id, -1) for item_id in item_ids], dtype=torch.int64)
+
+    def described_rows_of(self, item_ids: Sequence[str]) -> Tensor:
+        """Where items are among `described_ids`, [M] int64; -1 for what isn't."""
+        return torch.tensor([self._described_rows.get(item_id, -1) for item_id in item_ids], dtype=torch.int64)
 
     def category_rows_of(self, categories: Sequence[str | None]) -> Tensor:
         """Where categories are among `categories`, [M] int64; -1 for None and what isn't."""
@@ -92,7 +104,11 @@ class Encoder:
         vectors[:, -1] = 1.0
         at = self.category_rows_of(categories)
         known = at >= 0
+        foretold = self.described_rows_of(item_ids)
+        described = foretold >= 0
+        known &= ~described
         vectors[known, :-FIXED] += self.category_vectors[at[known]]
+        vectors[described, :-FIXED] += self.described_vectors[foretold[described]]
         return vectors
 
 
@@ -172,9 +188,13 @@ def _category_means(
     rows = {name: n for n, name in enumerate(names)}
     of_item = torch.tensor([rows[categories[item]] if item in categories else -1 for item in item_ids])
     of_item = of_item.to(torch.int64)
+    return names, category_means(of_item, taste, len(names)), of_item
+
+
+def category_means(of_item: Tensor, taste: Tensor, count: int) -> Tensor:
+    """The mean taste [C, k] of `count` categories, drawn to zero where there are few items; `of_item` [N], -1: none."""
     known = of_item >= 0
-    sums, counts = torch.zeros(len(names), taste.shape[1]), torch.zeros(len(names))
-    if names:
-        sums.index_add_(0, of_item[known], taste[known])
-        counts.index_add_(0, of_item[known], torch.ones(int(known.sum())))
-    return names, sums / (counts + _CATEGORY_PRIOR).unsqueeze(1), of_item
+    sums, counts = torch.zeros(count, taste.shape[1]), torch.zeros(count)
+    sums.index_add_(0, of_item[known], taste[known])
+    counts.index_add_(0, of_item[known], torch.ones(int(known.sum())))
+    return sums / (counts + _CATEGORY_PRIOR).unsqueeze(1)

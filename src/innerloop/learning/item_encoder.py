@@ -69,7 +69,8 @@ class ContentCode:
         edges: tuple[float, ...] = ()
         if "category" in items.columns:
             categories = tuple(items["category"].cast(pl.String).drop_nulls().unique().sort().to_list())
-        if "price" in items.columns and (prices := items["price"].drop_nulls().drop_nans().to_numpy()).size:
+        prices = items["price"].cast(pl.Float64).drop_nulls().to_numpy() if "price" in items.columns else np.empty(0)
+        if (prices := prices[np.isfinite(prices)]).size:
             cuts = np.quantile(prices, np.linspace(0, 1, price_buckets + 1)[1:-1])
             edges = tuple(float(edge) for edge in np.unique(cuts))
         has_text = "text" in items.columns and items["text"].null_count() < items.height

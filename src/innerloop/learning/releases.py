@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import safetensors
@@ -89,6 +90,8 @@ class Release:
         assert self.sequence is not None  # noqa: S101 - asked for by who saw it
         rows = self.encoder.rows_of(item_ids)
         unseen = self.sequence.unseen_vectors(self.encoder.category_rows_of(categories))
+        described = self.encoder.described_rows_of(item_ids)
+        unseen[described >= 0] = self.sequence.described[described[described >= 0]]
         if not len(self.sequence.vectors):
             return unseen
         return torch.where((rows >= 0).unsqueeze(1), self.sequence.vectors[rows.clamp(min=0)], unseen)
@@ -106,6 +109,8 @@ def save(release: Release, directory: Path | str) -> Path:
         "category_vectors": release.encoder.category_vectors,
         "categories": _as_tensor(release.encoder.categories),
         "item_categories": release.encoder.item_categories,
+        "described_ids": _as_tensor(release.encoder.described_ids),
+        "described_vectors": release.encoder.described_vectors,
     }
     if release.ranker is not None:
         tensors |= {f"{_RANKER}{key}": value for key, value in release.ranker.state().items()}
@@ -145,6 +150,7 @@ def load(card_path: Path | str, registered: Mapping[str, object] | None = None) 
             categories=_as_names(tensors["categories"]),
             category_vectors=tensors["category_vectors"],
             item_categories=tensors["item_categories"],
+            **_described(tensors),
         )
         head = RESTORE[card.method](_part(tensors, _HEAD))
         ranked = _part(tensors, _RANKER)
@@ -159,10 +165,21 @@ def load(card_path: Path | str, registered: Mapping[str, object] | None = None) 
     _check_shapes(card, encoder, head, ranker, card_path, has_sequence=sequence is not None)
     for fault in () if ads is None else ads.faults(len(encoder.item_ids), len(encoder.categories)):
         raise SettingsError(f"{card_path} has an ad model with {fault}: train it again.")
-    faults = () if sequence is None else sequence.faults(len(encoder.item_ids), len(encoder.categories))
+    counts = len(encoder.item_ids), len(encoder.categories), len(encoder.described_ids)
+    faults = () if sequence is None else sequence.faults(*counts)
     for fault in (*faults, *(() if transitions is None else transitions.faults(len(encoder.item_ids)))):
         raise SettingsError(f"{card_path} has a sequence model with {fault}: train it again.")
     return Release(card, encoder, head, ranker, ads, sequence, transitions)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of items beside the table; a release of before there were any has none."""
+    if "described_ids" not in tensors:
+        return {}
+    return {
+        "described_ids": _as_names(tensors["described_ids"]),
+        "described_vectors": tensors["described_vectors"],
+    }
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -176,6 +193,7 @@ def _check_shapes(
     expected = {
         "item vectors": (encoder.vectors, (len(encoder.item_ids), d)),
         "category vectors": (encoder.category_vectors, (len(encoder.categories), d - 2)),
+        "vectors of described items": (encoder.described_vectors, (len(encoder.described_ids), d - 2)),
         "prior": (head.prior, (d,) if head.linear else tuple(head.prior.shape)),
     }
     if ranker is not None:

@@ -4,7 +4,8 @@
 
 e_v and b_v are the item's learned vector and bias; q is the history encoder's vector, adapted by a head where one was
 taught (see `history_head`). An item that wasn't trained on has the vector of the unknown identifier plus its
-category's, which ID dropout taught, and a low bias: nothing speaks for it yet.
+category's, or that of all its content where the shop describes it, which ID dropout taught, and a low bias: nothing
+speaks for it yet.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from innerloop.learning.history_encoder import KINDS, history_encoder, last_of
 from innerloop.learning.history_head import HistoryHead
+from innerloop.learning.item_encoder import UNSEEN, ItemContent
 from innerloop.learning.softmax_training import SequenceModel
 
 _KINDS = tuple(sorted(KINDS))  # the order is what a release keeps
@@ -32,6 +34,7 @@ class SequenceEncoder:
     vectors: Tensor  # [N, d + 1] float32
     unseen: Tensor  # [d + 1]
     category_vectors: Tensor  # [C, d + 1], the bias's column zero
+    described: Tensor  # [X, d + 1], of items that aren't in the table and are described
     kind: str
     capacity: int
     layers: int
@@ -39,18 +42,20 @@ class SequenceEncoder:
     head: HistoryHead | None = field(repr=False, default=None)
 
     @classmethod
-    def of(cls, model: SequenceModel, kind: str, capacity: int, layers: int) -> Self:
-        """Freeze a trained model."""
+    def of(cls, model: SequenceModel, kind: str, capacity: int, layers: int, described: ItemContent | None) -> Self:
+        """Freeze a trained model; `described` is the content of X items that it wasn't trained on."""
         vectors, bias = (part.cpu() for part in model.table())
         unseen, of_category = model.items.identifiers.weight.detach()[-1].cpu(), model.items.categories
         theirs = unseen.new_zeros(0, len(unseen)) if of_category is None else of_category.weight.detach()[1:].cpu()
         low = bias.kthvalue(1 + int(_UNSEEN_BIAS * len(bias))).values if len(bias) else bias.new_zeros(())
+        of_described = _of_unseen(model, described, low)
         history = model.history.cpu().eval().requires_grad_(requires_grad=False)
         head = None if model.head is None else model.head.cpu().eval().requires_grad_(requires_grad=False)
         return cls(
             torch.cat([vectors, bias.unsqueeze(1)], 1),
             torch.cat([unseen, low.view(1)]),
             nn.functional.pad(theirs, (0, 1)),
+            of_described,
             kind,
             capacity,
             layers,
@@ -94,13 +99,14 @@ class SequenceEncoder:
         head = None if self.head is None else deepcopy(self.head).to(device)
         return replace(self, history=deepcopy(self.history).to(device), head=head)
 
-    def faults(self, items: int, categories: int) -> list[str]:
-        """What is wrong with it, in a release of so many items and categories."""
+    def faults(self, items: int, categories: int, described: int) -> list[str]:
+        """What is wrong with it, in a release of so many items, categories and described items beside them."""
         width = self.dimension
         expected = {
             "item vectors": (self.vectors, (items, width)),
             "an unseen item's vector": (self.unseen, (width,)),
             "category vectors": (self.category_vectors, (categories, width)),
+            "vectors of described items": (self.described, (described, width)),
         }
         faults = [
             f"{what} that are not finite float32 of shape {shape}"
@@ -115,7 +121,12 @@ class SequenceEncoder:
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors by name, for a release."""
         numbers = torch.tensor([_KINDS.index(self.kind), self.capacity, self.layers])
-        table = {"vectors": self.vectors, "unseen": self.unseen, "category_vectors": self.category_vectors}
+        table = {
+            "vectors": self.vectors,
+            "unseen": self.unseen,
+            "category_vectors": self.category_vectors,
+            "described": self.described,
+        }
         parts = {_HISTORY + name: value for name, value in self.history.state_dict().items()}
         if self.head is not None:
             parts |= {_HEAD + name: value for name, value in self.head.state_dict().items()}
@@ -137,12 +148,24 @@ class SequenceEncoder:
             state["vectors"],
             state["unseen"],
             state["category_vectors"],
+            state.get("described", state["vectors"][:0]),  # a release of before there were any
             _KINDS[kind],
             capacity,
             layers,
             history.eval().requires_grad_(requires_grad=False),
             head,
         )
+
+
+def _of_unseen(model: SequenceModel, content: ItemContent | None, bias: Tensor) -> Tensor:
+    """The vectors [X, d + 1] of items of that content and an identifier that nobody has met."""
+    if content is None or not len(content):
+        return torch.zeros(0, model.items.identifiers.embedding_dim + 1)
+    device = model.bias.device
+    unseen = torch.full((len(content),), UNSEEN, device=device)
+    with torch.inference_mode():
+        vectors = model.items.eval()(unseen, content.to(device)).cpu()
+    return torch.cat([vectors, bias.expand(len(content), 1)], 1)
 
 
 def _newest(vectors: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

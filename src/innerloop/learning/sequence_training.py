@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from innerloop.learning.described import Described
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.episodes import Log
 from innerloop.learning.history_encoder import history_encoder
@@ -57,24 +58,35 @@ class Taught:
     item_ids: list[str]
     categories: list[str]
     metrics: dict[str, float]
+    others: ItemContent | None = None
+    """Of the items that are described and that it wasn't trained on."""
 
     def encoder(self, recipe: Recipe) -> SequenceEncoder:
-        return SequenceEncoder.of(self.model, recipe.kind, recipe.capacity, recipe.layers)
+        return SequenceEncoder.of(self.model, recipe.kind, recipe.capacity, recipe.layers, self.others)
 
 
 def learn_sequences(
-    log: Log, encoder: Encoder, recipe: Recipe, *, cut: int, tell: Progress, checkpoint: Path | None = None
+    log: Log,
+    encoder: Encoder,
+    recipe: Recipe,
+    *,
+    cut: int,
+    described: Described,
+    tell: Progress,
+    checkpoint: Path | None = None,
 ) -> Taught | None:
     """Learn from the events of `log` up to `cut` (epoch ms), judged by those after it; None if there are too few.
 
-    The items are those of `encoder`; its categories are what an item that was never met is known by.
+    The items are those of `encoder`; its categories and what is told of items are what one that was never met is known
+    by.
     """
     histories = histories_of(log, recipe.capacity, cut)
     learned = int((histories.mask & ~histories.held)[:, 1:].sum())
     if not learned or not bool(histories.held[:, 1:].any()):
         return None
     epochs = _epochs(recipe.positions, learned)
-    model = _model(encoder, recipe)
+    contents = _Contents.of(encoder, described)
+    model = _model(encoder, recipe, contents)
     plan = Plan(
         epochs=epochs,
         batch=_batch(histories),
@@ -94,7 +106,7 @@ def learn_sequences(
         stage = None if checkpoint is None else checkpoint / _STAGES[1]
         model, reached = _through_head(model, histories, recipe, plan, tell=tell, checkpoint=stage)
         metrics["sequence_head_ndcg@10"] = reached
-    return Taught(model, encoder.item_ids, encoder.categories, metrics)
+    return Taught(model, encoder.item_ids, encoder.categories, metrics, contents.others)
 
 
 def _through_head(
@@ -120,15 +132,26 @@ def _through_head(
 
 
 def continue_learning(
-    taught: Taught, log: Log, encoder: Encoder, recipe: Recipe, *, tell: Progress, checkpoint: Path | None = None
+    taught: Taught,
+    log: Log,
+    encoder: Encoder,
+    recipe: Recipe,
+    *,
+    described: Described,
+    tell: Progress,
+    checkpoint: Path | None = None,
 ) -> Taught:
-    """Go on from a trained model with a longer history, to which items may have been added; nothing is held out."""
-    model = _model(encoder, recipe)
+    """Go on from a trained model with a longer history, to which items may have been added; nothing is held out.
+
+    `described` is what the model was trained with.
+    """
+    contents = _Contents.of(encoder, described)
+    model = _model(encoder, recipe, contents)
     _take_over(model, taught, encoder)
     histories = histories_of(log, recipe.capacity, None)
     learned = int(histories.mask[:, 1:].sum())
     if not learned:
-        return Taught(model, encoder.item_ids, encoder.categories, taught.metrics)
+        return Taught(model, encoder.item_ids, encoder.categories, taught.metrics, contents.others)
     epochs = max(1, round(_CONTINUED * min(_epochs(recipe.positions, learned), taught.metrics["sequence_epochs"])))
     plan = Plan(
         epochs=epochs, batch=_batch(histories), negatives=_NEGATIVES, learning_rate=_RATE / 2, seed=recipe.seed + 2
@@ -137,7 +160,7 @@ def continue_learning(
         plan = replace(plan, cuts=_CUTS)
     stage = None if checkpoint is None else checkpoint / _STAGES[2]
     Trainer(model, histories, plan, checkpoint=stage, progress=tell).run()
-    return Taught(model, encoder.item_ids, encoder.categories, taught.metrics)
+    return Taught(model, encoder.item_ids, encoder.categories, taught.metrics, contents.others)
 
 
 def forget_checkpoint(directory: Path) -> None:
@@ -183,18 +206,40 @@ def _epochs(positions: int, learned: int) -> int:
     return min(_EPOCHS[1], max(_EPOCHS[0], positions // learned))
 
 
-def _model(encoder: Encoder, recipe: Recipe) -> SequenceModel:
+@dataclass(frozen=True)
+class _Contents:
+    """The content of the encoder's items and of the others that are described, and how it is coded."""
+
+    code: ContentCode
+    own: ItemContent
+    others: ItemContent
+
+    @classmethod
+    def of(cls, encoder: Encoder, described: Described) -> "_Contents":
+        code = replace(described.code, categories=tuple(encoder.categories))
+        others = encoder.described_ids
+        of_others = encoder.category_rows_of(described.category_names(others))
+        return cls(
+            code,
+            replace(described.content_of(encoder.item_ids), categories=encoder.item_categories + 1),
+            replace(described.content_of(others), categories=of_others + 1),
+        )
+
+    @property
+    def tell(self) -> bool:
+        return bool(self.code.categories or self.code.has_price or self.code.word_buckets)
+
+
+def _model(encoder: Encoder, recipe: Recipe, contents: _Contents) -> SequenceModel:
     count = len(encoder.item_ids)
-    code = ContentCode(categories=tuple(encoder.categories))
-    none = torch.zeros(count, dtype=torch.int64)
-    content = ItemContent(encoder.item_categories + 1, none, none[:0], torch.zeros(count + 1, dtype=torch.int64))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        items = ItemEncoder(count, recipe.dimension, code=code, id_dropout=_ID_DROPOUT if encoder.categories else 0.0)
+        dropout = _ID_DROPOUT if contents.tell else 0.0  # without content nothing can stand in
+        items = ItemEncoder(count, recipe.dimension, code=contents.code, id_dropout=dropout)
         history = history_encoder(
             recipe.kind, recipe.dimension, capacity=recipe.capacity, dropout=_DROPOUT, layers=recipe.layers
         )
-    model = SequenceModel(items, history, content if encoder.categories else None)
+    model = SequenceModel(items, history, contents.own if contents.tell else None)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -210,6 +255,9 @@ def _take_over(model: SequenceModel, taught: Taught, encoder: Encoder) -> None:
         known = {name: row for row, name in enumerate(taught.categories, 1)}
         of = torch.tensor([known.get(name, 0) for name in encoder.categories], device=model.bias.device)
         model.items.categories.weight[1:] = old.items.categories.weight[of]  # row 0 is zero, the unknown's
+    for new, learned in ((model.items.prices, old.items.prices), (model.items.words, old.items.words)):
+        if new is not None and learned is not None:
+            new.load_state_dict(learned.state_dict())
     low = old.bias.min() if len(old.bias) else 0.0
     model.bias.copy_(torch.where(source >= 0, old.bias[source.clamp(min=0)], low))
     model.history.load_state_dict(old.history.state_dict())

@@ -1,6 +1,7 @@
 """The outer loop: from a history of events to a release.
 
-1. The last three tenths of the history are held out; an encoder is learned on the rest.
+1. The last three tenths of the history are held out; an encoder is learned on the rest. Where the shop describes its
+   items, that foretells the taste of those the history hasn't, if it foretells any (`described`).
 2. The popularity's half-life, then the head's three numbers (how fast examples age, how much one says, how much an item
    that wasn't clicked says) are chosen one at a time, by hit@20 on one half of a sample of held-out clicks. For each
    candidate the prior is learned anew by EM.
@@ -31,6 +32,7 @@ from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.click_teaching import learn_clicks
 from innerloop.learning.ads.teaching import learn_ads
 from innerloop.learning.candidates import PLAIN
+from innerloop.learning.described import Described, with_described, worth_of_content
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
 from innerloop.learning.episodes import Log, episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
@@ -105,10 +107,14 @@ def train(
     capacity: int,
     version: int,
     impressions: int = 32,
+    items: pl.DataFrame | None = None,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> Release:
     """Learn a release from an event table; `weights` by event type and `capacity` are those of the support sets.
+
+    `items` is what the shop says of its items, with `described.COLUMNS`: one that isn't in the history has a sensible
+    vector by it.
 
     The table's impressions teach clicks on ads, as if `impressions` of each user were kept, and nothing else.
 
@@ -125,7 +131,7 @@ def train(
     shown, history = (
         history.filter(kind) for kind in (pl.col("event_type") == IMPRESSION, pl.col("event_type") != IMPRESSION)
     )
-    lesson = _Lesson(history, settings, weights, capacity)
+    lesson = _Lesson(history, settings, weights, capacity, items)
     tell("encoder on the earlier part", 0.0)
     choice, metrics, early = lesson.choose(tell)
     early, taught, of_sequences = lesson.foresee(early, tell, checkpoint)
@@ -143,6 +149,7 @@ def train(
             log,
             encoder,
             recipe,
+            described=lesson.described,
             tell=lambda _what, share: tell("sequences of everything", 0.95 + 0.02 * share),
             checkpoint=checkpoint,
         ).encoder(recipe)
@@ -163,17 +170,27 @@ def train(
 class _Lesson:
     """One training run: the history and the settings that every step needs."""
 
-    def __init__(self, history: pl.DataFrame, settings: Settings, weights: Mapping[str, float], capacity: int) -> None:
+    def __init__(
+        self,
+        history: pl.DataFrame,
+        settings: Settings,
+        weights: Mapping[str, float],
+        capacity: int,
+        items: pl.DataFrame | None = None,
+    ) -> None:
         if history.height < _LEAST_EVENTS:
             raise SettingsError(f"The history has {history.height} events; training needs {_LEAST_EVENTS} or more.")
         self.history, self.settings, self.weights, self.capacity = history, settings, weights, capacity
         self.random = torch.Generator().manual_seed(settings.seed)
+        self.categories = _categories(history)
+        self.described = Described.none() if items is None else Described.of(items, self.categories)
 
     def log_of(self, events: pl.DataFrame, item_ids: list[str] | None = None) -> Log:
         return log_of(events, self.weights, item_ids or events["item_id"].unique().sort().to_list())
 
     def encoder_of(self, log: Log, events: pl.DataFrame) -> Encoder:
-        return learn_encoder(log, self.settings.dimension, _categories(events), self.settings.seed)
+        encoder = learn_encoder(log, self.settings.dimension, _categories(events), self.settings.seed)
+        return with_described(encoder, self.described, self.settings.seed)
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
@@ -188,13 +205,17 @@ class _Lesson:
         """What was chosen, how good it is, and the release of the earlier part alone."""
         early = self.history.head(round(self.history.height * (1.0 - _HELD_OUT)))
         log = self.log_of(early)
-        encoder = self.encoder_of(log, early)
+        encoder = learn_encoder(log, self.settings.dimension, _categories(early), self.settings.seed)
+        told = worth_of_content(encoder, self.described, self.settings.seed)
+        if told is None or told.content <= max(told.category, 0.0):
+            self.described = Described.none()
+        encoder = with_described(encoder, self.described, self.settings.seed)
         items = self.history["item_id"].unique().sort().to_list()
         whole, early_log = self.log_of(self.history, items), self.log_of(early, items)
         rows = self._held_out_clicks(whole, int(early["event_time"][-1]))
         tuning, test = rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
-        names = _categories(self.history)
+        names = self.categories
 
         def vectors_of(half_life: float) -> Tensor:
             counted = with_popularity(encoder, log, half_life)
@@ -217,6 +238,8 @@ class _Lesson:
         prior = ranks_of(whole, test, vectors, head, self.capacity, adapted=False)
         metrics = {f"hit@{k}": hit_rate(ranks, k) for k in (20, 50)}
         metrics |= {f"unadapted_hit@{k}": hit_rate(prior, k) for k in (20, 50)}
+        if told is not None:
+            metrics |= {"content_explains": told.content, "category_explains": told.category}
         early_release = Release(
             _card(early, self.settings, 0, choice, {}), with_popularity(encoder, log, choice.popularity_half_life), head
         )
@@ -249,6 +272,7 @@ class _Lesson:
             early.encoder,
             self.recipe,
             cut=cut,
+            described=self.described,
             tell=lambda _what, share: tell("sequences", 0.55 + 0.1 * share),
             checkpoint=checkpoint,
         )

@@ -1,0 +1,106 @@
+"""Training reads what the shop says of its items from a real topic."""
+
+import pytest
+from structlog.testing import capture_logs
+
+from innerloop.config import Settings
+from innerloop.evaluation.shop import Process, Shop
+from innerloop.learning.described import COLUMNS
+from innerloop.learning.releases import load
+from innerloop.shop_items import Item
+from innerloop.store.database import connect, transaction
+from innerloop.store.releases import newest_few
+from innerloop.streams import clients
+from innerloop.streams.publisher import Publisher
+from innerloop.streams.topics import catalogue, ensure_topics
+from innerloop.worker.demo_names import publish_items
+from innerloop.worker.train import Source, run_train
+from innerloop.worker.train_items import items_on_topic
+
+
+@pytest.fixture
+def told(settings: Settings) -> Settings:
+    ensure_topics(settings, {"items": catalogue()["items"]})
+    return settings
+
+
+def bounded(settings: Settings, most: int) -> Settings:
+    learning = settings.learning.model_copy(update={"described_items": most})
+    return settings.model_copy(update={"learning": learning})
+
+
+def send(settings: Settings, key: bytes, value: bytes | None) -> None:
+    publisher = Publisher(settings.kafka)
+    publisher.send(settings.topics.items, key, value)
+    publisher.flush(10.0)
+
+
+def test_the_newest_record_of_an_item_holds_and_a_tombstone_takes_it_away(told: Settings) -> None:
+    publish_items(told, [Item("a", "Old name"), Item("b", "Jacket", "coats", 9.5), Item("c", "Gone")])
+    publish_items(told, [Item("a", "New name", price=2.0)])
+    send(told, b"c", None)
+    found = items_on_topic(told, set())
+    assert found is not None
+    assert dict(found.schema) == COLUMNS
+    assert found.rows() == [("a", None, 2.0, "New name"), ("b", "coats", 9.5, "Jacket")]
+
+
+def test_what_is_no_item_is_skipped_and_counted(told: Settings) -> None:
+    publish_items(told, [Item("a", "A")])
+    for key, value in ((b"a", b"no JSON"), (b"b", b'{"item_id": "a", "name": "of another key"}'), (b"\xff", None)):
+        send(told, key, value)
+    with capture_logs() as said:
+        found = items_on_topic(told, set())
+    assert found is not None
+    assert found.rows() == [("a", None, None, "A")]
+    assert [entry["skipped"] for entry in said if entry["event"] == "no items"] == [2]
+
+
+def test_those_that_were_met_are_all_taken_and_of_the_others_as_many_as_may_be(told: Settings) -> None:
+    publish_items(told, [Item("a", "A"), Item("b", "B"), Item("met", "M"), Item("also met", "N")])
+    for _ in range(2):  # an item told of again takes no more room
+        publish_items(told, [Item("a", "A"), Item("b", "B")])
+    with capture_logs() as said:
+        found = items_on_topic(bounded(told, 1), {"met", "also met"})
+    assert found is not None
+    assert {"met", "also met"} < set(found["item_id"])
+    assert len(found) == 3
+    assert any("learning.described_items" in entry.get("why", "") for entry in said)
+    whole = items_on_topic(bounded(told, 2), {"met", "also met"})
+    assert whole is not None
+    assert len(whole) == 4
+
+
+def test_without_a_topic_or_anything_on_it_there_is_nothing_to_say(settings: Settings) -> None:
+    with capture_logs() as said:
+        assert items_on_topic(settings, set()) is None
+    assert any("innerloop topics" in entry.get("why", "") for entry in said)
+    assert settings.topics.items not in clients.admin(settings.kafka).list_topics(timeout=10).topics
+    ensure_topics(settings, {"items": catalogue()["items"]})
+    assert items_on_topic(settings, set()) is None
+
+
+def test_a_release_knows_an_item_that_only_the_catalogue_names(
+    told: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """From topic and file alike, by `innerloop train`'s own function."""
+    ensure_topics(told)
+    shop = Shop(0, users=200, items=400, process=Process(categories=10))
+    events = shop.history(4_000)
+    file = tmp_path_factory.mktemp("events") / "events.parquet"
+    events.drop("category").write_parquet(file)  # so that what the shop says of its items is all there is
+    table = shop.catalogue()
+    publish_items(
+        told, [Item(i, f"{c} thing", c, p) for i, c, p in table.select("item_id", "category", "price").rows()]
+    )
+    unmet = sorted(set(table["item_id"]) - set(events["item_id"]))
+    run_train(told, Source(events=file))
+    items = file.with_name("items.parquet")
+    table.with_columns(text=table["category"] + " thing").drop("launched").write_parquet(items)
+    run_train(told, Source(events=file, items=items))
+    with transaction(connect(told.database)) as connection:
+        by_file, by_topic = (load(release.location) for release in newest_few(connection, 2))
+    for release in (by_topic, by_file):
+        assert release.encoder.described_ids == unmet
+        assert release.card.metrics["content_explains"] > 0.1
+    assert bool((by_topic.encoder.described_vectors == by_file.encoder.described_vectors).all())
