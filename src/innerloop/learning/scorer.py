@@ -75,10 +75,13 @@ class Scorer:
 
     @property
     def ads_kind(self) -> AdsKind:
-        """What ads are scored by: the chance of click and purchase, of purchase given click, or a ranking alone."""
-        if self._ads is None:
-            return "ranking"
-        return "click_and_purchase" if self._ads.by_click else "purchase_given_click"
+        """What ads are scored by: the chance of click and purchase, of one of the two, or a ranking alone."""
+        return "ranking" if self._ads is None else self._ads.kind
+
+    @property
+    def ads_by_click(self) -> bool:
+        """Whether `ad_lists` looks at what was shown."""
+        return self._ads is not None and self._ads.by_click
 
     def observe(self, activity: Activity) -> None:
         """Take in what everybody did; items by their numbers, all of which `catalogue.add` has seen."""
@@ -121,8 +124,8 @@ class Scorer:
     def ad_lists(self, sets: SupportSets, k: int, shown: SupportSets | None = None) -> AdLists:
         """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores.
 
-        With an ad model in the release the scores are probabilities, else they only rank; see `ads_kind`, which also
-        tells whether `shown`, the same tasks' impressions, are looked at.
+        With an ad model in the release the scores are probabilities, else they only rank: see `ads_kind`. `shown` are
+        the same tasks' impressions: see `ads_by_click`.
         """
         with torch.inference_mode():
             if self._ads is not None:
