@@ -20,6 +20,7 @@ from innerloop.learning.ads.impressions import shown_past
 from innerloop.learning.ads.pairs import Past, describe
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.devices import moved
 from innerloop.scores import AdsKind
 from innerloop.support import SupportSets, gather
 
@@ -161,7 +162,7 @@ class AdScorer:
         return np.where(places >= 0, of_place[places], -1) if len(of_place) else np.full(places.shape, -1)
 
     def _tensor(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self._catalogue.device)
+        return moved(torch.from_numpy(values), self._catalogue.device)
 
 
 def _probability(found: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from innerloop.learning.ad_scorer import MOST as MOST_ADS
 from innerloop.learning.ad_scorer import AdLists, AdScorer
 from innerloop.learning.candidates import FEATURES, LIKED, PLAIN, Candidates, Pool, Recent, gather
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.devices import moved
 from innerloop.learning.foreseer import Foreseer
 from innerloop.learning.heads import Head, Support
 from innerloop.learning.item_index import ItemSearch
@@ -103,7 +104,7 @@ class Scorer:
                 parameters = self.parameters(sets)
             seen = self.recent(sets).places if exclude_seen else None
             if self.catalogue.release.ranker is None:
-                excluded = None if seen is None else torch.from_numpy(seen).to(parameters.device)
+                excluded = None if seen is None else moved(torch.from_numpy(seen), parameters.device)
                 with STEP_SECONDS.labels("score").time():
                     return self._liked(parameters, k, excluded)
             found = self.candidates(sets, parameters)
@@ -166,8 +167,8 @@ class Scorer:
         extra = None if foreseen is None else foreseen.liked
         with STEP_SECONDS.labels("candidates").time():
             found = gather(recent, now, pool, liked, len(catalogue), foreseen=extra)
-        places = torch.from_numpy(found.places).to(catalogue.device)
-        rows = torch.from_numpy(found.rows()).to(catalogue.device)
+        places = moved(torch.from_numpy(found.places), catalogue.device)
+        rows = moved(torch.from_numpy(found.rows()), catalogue.device)
         scores, prior = _scores(catalogue.head, parameters, rows, catalogue.vectors, places)
         found.features[:, _HEAD] = scores.cpu().numpy()
         found.features[:, _LIFT] = (scores - prior).cpu().numpy()
@@ -246,13 +247,13 @@ def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
     weights.reshape(-1)[at] = sets.examples["weight"]
     # Age counts from the task's newest event, not from now: the same set gives the same scores at any time.
     ages.reshape(-1)[at] = (np.repeat(sets.newest, sizes) - sets.examples["time"]) / 1000.0
-    where = torch.from_numpy(places).to(catalogue.device)
+    where = moved(torch.from_numpy(places), catalogue.device)
     mask = where >= 0
     support = Support(
         features=catalogue.vectors[where.clamp(min=0)],
         labels=mask.to(torch.float32),
-        weights=torch.from_numpy(weights).to(catalogue.device) * mask,
-        ages=torch.from_numpy(ages).to(catalogue.device),
+        weights=moved(torch.from_numpy(weights), catalogue.device) * mask,
+        ages=moved(torch.from_numpy(ages), catalogue.device),
         mask=mask,
     )
     return support, where
