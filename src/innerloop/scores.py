@@ -79,4 +79,5 @@ class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
     """
 
     ads: list[ScoredAd]
-    kind: AdsKind = "ranking"
+    kind: AdsKind | str = "ranking"
+    """One that isn't known here is a later version's: a ranking."""
