@@ -402,6 +402,25 @@ def test_of_a_user_of_whom_nothing_is_known_everybodys_clicks_tell(window_shop: 
     assert _error(nobody, truth) < 0.04
 
 
+@pytest.mark.parametrize("bought", [True, False])
+def test_an_ad_that_nobody_was_shown_has_its_categorys_chance_of_a_click(
+    window_shop: Release, release: Release, shop: _Shop, *, bought: bool
+) -> None:
+    """All items of the training were shown from the first day on: what a new one is given must not be guessed from how
+    seldom one had been shown.
+    """
+    scorer = Scorer(release if bought else window_shop, CPU)
+    scorer.catalogue.add([(n, f"new{n}", f"c{n}") for n in range(_CATEGORIES)] + [(9, "strange", "unheard of")])
+    scorer.catalogue.set_ads([(f"ad{n}", n) for n in range(_CATEGORIES)] + [("strange", 9)])
+    found = scorer.ad_lists(SupportSets.empty(1), 9)
+    names = [scorer.catalogue.ad_ids[number] for number in found.numbers[0]]
+    clicks = found.scores if found.click is None else found.click
+    chances = dict(zip(names, clicks[0].tolist(), strict=True))
+    truth = [float(shop.click[:, np.arange(_ITEMS) % _CATEGORIES == n].mean()) for n in range(_CATEGORIES)]
+    assert [chances[f"ad{n}"] for n in range(_CATEGORIES)] == pytest.approx(truth, rel=0.35)
+    assert chances["strange"] == pytest.approx(shop.click.mean(), rel=0.5)
+
+
 def test_a_release_of_clicks_alone_comes_back_whole(
     window_shop: Release, release: Release, states: tuple[SupportSets, SupportSets], tmp_path: Path
 ) -> None:

@@ -30,6 +30,11 @@ COLUMNS_SHOWN: tuple[str, ...] = (*_COLUMNS, *(f"impressions, {name}" for name i
 """Columns of an impression: those of a click, then the same of impressions, which convert when they are clicked."""
 _OWN = ("category: clicks", "impressions, user and category: conversion rate", "impressions, category: conversion rate")
 
+_OF_ITEM = [at for at, name in enumerate(COLUMNS_SHOWN) if name.removeprefix("impressions, ").startswith("item: ")]
+_AS_NEW = 10
+"""One in so many impressions is learned from a second time, as if nobody had met its item (as in DropoutNet, Volkovs
+2017): counts of items that have all been shown for long don't tell what a new one's are worth."""
+
 Describe = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Items, categories and times (epoch ms), all [T, A] -> what was known of them then, [T, A, 2C]."""
 
@@ -53,6 +58,10 @@ class ClickHead:
 
         Raises ValueError as `fit_click_and_purchase` and `fit_shared` do.
         """
+        some = torch.arange(0, len(columns), _AS_NEW)
+        columns = torch.cat([columns, columns[some].index_fill(1, torch.tensor(_OF_ITEM), 0.0)])
+        clicked = torch.cat([clicked, clicked[some]])
+        bought = None if bought is None else torch.cat([bought, bought[some]])
         centre, scale = columns.double().mean(0), columns.double().std(0, correction=0)
         x, purchase = design(columns, centre, scale), None
         if bought is None:
