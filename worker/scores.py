@@ -11,6 +11,9 @@ from innerloop.config import Settings
 from innerloop.errors import RetryError, ServiceError
 from innerloop.scores import AdScores, RecommendationScores
 
+_CHANCES = {"purchase_given_click": "bought if clicked", "click": "clicked if shown"}
+"""Kinds of ads' scores that are one probability, and of what."""
+
 
 def show_scores(settings: Settings, user_id: str) -> int:
     """Print one user's recommendations and ads, best first, and return the exit code: 1 for a user without either.
@@ -43,8 +46,8 @@ def _table(record: RecommendationScores | AdScores) -> Table:
     if isinstance(record, AdScores):
         table.add_column("ad")
     table.add_column("item")
-    chance = isinstance(record, AdScores) and record.kind == "purchase_given_click"
-    table.add_column("bought if clicked" if chance else "score", justify="right")
+    chance = _CHANCES.get(record.kind) if isinstance(record, AdScores) else None
+    table.add_column(chance or "score", justify="right")
     if isinstance(record, AdScores):
         for rank, ad in enumerate(record.ads, 1):
             table.add_row(

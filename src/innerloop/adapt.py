@@ -278,7 +278,7 @@ class Adapt:
 
     def _read_shown(self, connection: Transaction, users: list[str]) -> SupportSets | None:
         """The users' impressions, where the ads' scores depend on them."""
-        if self._scorer.ads_kind != "click_and_purchase" or not self._scorer.catalogue.ad_ids:
+        if not self._scorer.ads_by_click or not self._scorer.catalogue.ad_ids:
             return None
         found, sets, _ = support_sets.read(connection, users, table="impressions")
         rows = {user: row for row, user in enumerate(found)}

@@ -7,7 +7,7 @@ import msgspec
 Identifier = Annotated[str, msgspec.Meta(min_length=1)]
 Model = Literal["recommendations", "ads"]
 Arm = Literal["adapted", "hold_out"]
-AdsKind = Literal["click_and_purchase", "purchase_given_click", "ranking"]
+AdsKind = Literal["click", "click_and_purchase", "purchase_given_click", "ranking"]
 
 
 class AdaptationRequest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -74,9 +74,10 @@ class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
 
     With the kind `purchase_given_click` a score is the calibrated probability that a click on the ad, made right after
     the user's newest event, is followed by a purchase of its item within 24 hours. With `click_and_purchase` it is the
-    probability that the ad, shown then, is clicked within an hour and its item then bought. Else it only ranks. Without
-    impressions the probability of a click can't be known.
+    probability that the ad, shown then, is clicked within an hour and its item then bought, and with `click` that it is
+    clicked. Else it only ranks. Without impressions the probability of a click can't be known.
     """
 
     ads: list[ScoredAd]
-    kind: AdsKind = "ranking"
+    kind: AdsKind | str = "ranking"
+    """One that isn't known here is a later version's: a ranking."""

@@ -200,16 +200,31 @@ def test_a_reader_that_cannot_keep_up_in_time_says_so(settings: Settings, topic:
         reader.wait_until_current(0.0)
 
 
-def test_scores_are_shown(
-    settings: Settings, topic: str, producer: Producer, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "heading", "score"),
+    [
+        ("ranking", "score", "0.2500"),
+        ("click", "clicked if shown", "25.00%"),
+        ("of a later version", "score", "0.2500"),
+    ],
+)
+def test_scores_are_shown(  # noqa: PLR0917 - fixtures, and what is shown
+    settings: Settings,
+    topic: str,
+    producer: Producer,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    heading: str,
+    score: str,
 ) -> None:
     entry = {"ad_id": "ad-1", "item_id": "[red]", "score": 0.25}
-    ads = msgspec.convert({**msgspec.to_builtins(scores("u[b]", 2)), "model": "ads", "ads": [entry]}, AdScores)
+    told = {**msgspec.to_builtins(scores("u[b]", 2)), "model": "ads", "kind": kind, "ads": [entry]}
+    ads = msgspec.convert(told, AdScores)
     send(producer, topic, scores("u[b]", 2, item="sku-1"))
     producer.produce(settings.topics.ads, key="u[b]", value=msgspec.json.encode(ads))
     assert producer.flush(10) == 0
     assert show_scores(settings, "u[b]") == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("u[b]", "sku-1", "1.5000", "ad-1", "[red]", "0.2500"))
+    assert all(text in shown for text in ("u[b]", "sku-1", "1.5000", "ad-1", "[red]", heading, score))
     assert show_scores(settings, "nobody") == 1
     assert "User nobody has no scores" in capsys.readouterr().out

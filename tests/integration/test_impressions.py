@@ -20,6 +20,8 @@ from sqlalchemy import text
 
 from innerloop import metrics
 from innerloop.config import AdaptSettings, IngestSettings, KafkaSettings, LearningSettings, Settings, SupportSettings
+from innerloop.holdout import in_hold_out
+from innerloop.learning.releases import Release
 from innerloop.scores import AdScores
 from innerloop.store import support_sets
 from innerloop.store.database import Database, connect, transaction
@@ -272,8 +274,8 @@ def test_another_writer_of_the_same_impressions_costs_none(world: World, monkeyp
 # --- from impressions to scores
 
 
-def shop(users: int = 250, each: int = 30, items: int = 12, days: int = 7) -> list[Sent]:
-    """Half the users click nearly only even items, the others odd ones; a third of the clicks are bought."""
+def shop(sold: float = 0.34, users: int = 250, each: int = 30, items: int = 12, days: int = 7) -> list[Sent]:
+    """Half the users click nearly only even items, the others odd ones; the share `sold` of the clicks is bought."""
     rng = random.Random(1)
     events: list[Sent] = []
     for user in range(users):
@@ -282,35 +284,46 @@ def shop(users: int = 250, each: int = 30, items: int = 12, days: int = 7) -> li
             chance = 0.5 if item % 2 == user % 2 else 0.04
             about = {"ad_id": f"ad{item}", "category": f"c{item % 2}"}
             clicked = rng.random() < chance
-            kinds = ["impression"] + clicked * ["click"] + (clicked and rng.random() < 0.34) * ["purchase"]
+            kinds = ["impression"] + clicked * ["click"] + (clicked and rng.random() < sold) * ["purchase"]
             for late, kind in enumerate(kinds):
                 events.append(event(len(events), kind, f"u{user}", f"i{item}", at + late * MINUTE) | about)
     return sorted(events, key=lambda each: each["event_time"])
 
 
-def test_from_impressions_to_scores_by_click_and_purchase(world: World) -> None:
-    """In through Kafka, trained from the database, out through Kafka; the newest click's list knows the user."""
+def roomy(world: World) -> World:
+    """Room for all that a user of `shop` does."""
     support = SupportSettings(capacity=64, impressions=32)
     ingest = IngestSettings(batch_size=5_000, cached_users=10_000)
-    world = World(world.settings.model_copy(update={"support": support, "ingest": ingest}), world.engine)
-    world.ingest(shop())
+    return World(world.settings.model_copy(update={"support": support, "ingest": ingest}), world.engine)
+
+
+def scores_after(world: World, events: Sequence[Sent], clicks: Sequence[Sent]) -> tuple[Release, dict[str, AdScores]]:
+    """In through Kafka, trained from the database, out through Kafka: the release, and the clicking users' lists."""
+    world.ingest(events)
     with transaction(world.engine) as connection:
         history = read_history(connection)
-    assert set(history["event_type"]) == {"click", "purchase", "impression"}
+    assert set(history["event_type"]) == {each["event_type"] for each in events}
     release, _ = train_release(world.settings, world.engine, history)
+    found: dict[str, AdScores] = {}
+
+    def scored() -> bool:
+        users = [each["user_id"] for each in clicks]
+        found.update({user: each for user in users if (each := world.ads(user)) and each.event_time == NOW})
+        return len(found) == len(users)
+
+    with world.running("ingest", "adapt"):
+        world.send(clicks)
+        until(scored, "everybody's scores")
+    return release, found
+
+
+def test_from_impressions_to_scores_by_click_and_purchase(world: World) -> None:
+    """The newest click's list knows the user."""
+    clicks = [event(10**6 + n, "click", f"u{n}", f"i{n}", NOW) | {"ad_id": f"ad{n}"} for n in range(2)]
+    release, found = scores_after(roomy(world), shop(), clicks)
     assert release.card.metrics["ads_click_auc"] > 0.75
     assert release.ads is not None
     assert release.ads.clicks is not None
-    with world.running("ingest", "adapt"):
-        world.send([event(10**6 + n, "click", f"u{n}", f"i{n}", NOW) | {"ad_id": f"ad{n}"} for n in range(2)])
-        found: dict[str, AdScores] = {}
-
-        def scored() -> bool:
-            news = {user: each for user in ("u0", "u1") if (each := world.ads(user)) and each.event_time == NOW}
-            found.update(news)
-            return len(found) == 2
-
-        until(scored, "scores of both")
     for number, user in enumerate(("u0", "u1")):
         record = found[user]
         assert record.kind == "click_and_purchase"
@@ -325,3 +338,28 @@ def test_from_impressions_to_scores_by_click_and_purchase(world: World) -> None:
         }
         assert np.mean(chances[number]) == pytest.approx(0.5, abs=0.2)
         assert np.mean(chances[1 - number]) < 0.2
+
+
+def test_from_impressions_without_purchases_to_scores_by_click(world: World) -> None:
+    """A shop window: the same way, and the hold-out gets what everybody of whom nothing is known would click."""
+    world = roomy(world)
+    held = [n for n in range(250) if in_hold_out(f"u{n}", world.settings.quality.hold_out)][:2]
+    adapted = [n for n in range(20) if n not in held][:2]
+    clicks = [event(10**6 + n, "click", f"u{n}", f"i{n % 12}", NOW) | {"ad_id": f"ad{n % 12}"} for n in held + adapted]
+    release, found = scores_after(world, shop(sold=0.0), clicks)
+    assert release.card.metrics["ads_click_auc"] > 0.75
+    for record in found.values():
+        assert record.kind == "click"
+        assert len(record.ads) == 12
+        assert [ad.score for ad in record.ads] == sorted((ad.score for ad in record.ads), reverse=True)
+        assert {(ad.click, ad.purchase_given_click) for ad in record.ads} == {(None, None)}
+    for n in adapted:
+        own, others = (
+            [ad.score for ad in found[f"u{n}"].ads if int(ad.item_id[1:]) % 2 == p] for p in (n % 2, 1 - n % 2)
+        )
+        assert np.mean(own) == pytest.approx(0.5, abs=0.2)
+        assert np.mean(others) < 0.2
+    first, second = (found[f"u{n}"] for n in held)
+    assert (first.arm, second.arm) == ("hold_out", "hold_out")
+    assert first.ads == second.ads
+    assert all(ad.score == pytest.approx(0.27, abs=0.1) for ad in first.ads)

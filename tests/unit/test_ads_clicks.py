@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
+from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.attribution import DAY, HOUR, NEVER
+from innerloop.learning.ads.click_head import ClickHead
 from innerloop.learning.ads.click_model import ClickModel
 from innerloop.learning.ads.click_teaching import learn_clicks
 from innerloop.learning.ads.figures import auc, calibration_error
@@ -176,6 +178,12 @@ def known(events: pl.DataFrame) -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def release(known: pl.DataFrame) -> Release:
     return _trained(known)
+
+
+@pytest.fixture(scope="module")
+def window_shop(known: pl.DataFrame) -> Release:
+    """Of the same impressions and clicks, and no purchases."""
+    return _trained(known.filter(pl.col("event_type") != "purchase"))
 
 
 def _scorer(release: Release) -> Scorer:
@@ -342,6 +350,126 @@ def test_a_list_does_not_depend_on_who_else_is_scored(
     np.testing.assert_allclose(part.scores, whole.scores[few], rtol=1e-5)
 
 
+# --- a shop window: clicks, and no purchases
+
+
+def _clicks(release: Release, sets: SupportSets, shown: SupportSets) -> torch.Tensor:
+    """The chance of a click of every user and item, [U, I]."""
+    scorer = _scorer(release)
+    found = scorer.ad_lists(sets, _ITEMS, shown)
+    assert (scorer.ads_kind, scorer.ads_by_click) == ("click", True)
+    assert (found.click, found.purchase_given_click) == (None, None)
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    assert ((found.scores > 0) & (found.scores < 1)).all()
+    return torch.from_numpy(np.take_along_axis(found.scores, found.numbers.argsort(1), 1)).double()
+
+
+def test_without_purchases_clicks_are_foretold_alone(
+    window_shop: Release, release: Release, shop: _Shop, states: tuple[SupportSets, SupportSets], events: pl.DataFrame
+) -> None:
+    """Close to what the shop draws from, and to what the same clicks teach beside purchases."""
+    sets, shown = _state(events.filter(pl.col("event_time") < START + _TRAINED * DAY), 64, ("click",)), states[1]
+    found, truth = _clicks(window_shop, sets, shown), torch.from_numpy(shop.click)
+    assert float(found.mean() / truth.mean()) == pytest.approx(1, abs=0.15)
+    assert _correlation(found, truth) > 0.7
+    assert calibration_error(found.flatten(), truth.flatten()) < 0.03
+    assert _error(found, truth) < _error(_chances(release, *states)[0], truth) + 0.01
+    nobody = _clicks(window_shop, SupportSets.empty(_USERS), SupportSets.empty(_USERS))
+    assert _correlation(found, truth) > _correlation(nobody, truth) + 0.2
+
+
+def test_the_card_tells_how_good_clicks_alone_were(window_shop: Release) -> None:
+    figures = window_shop.card.metrics
+    assert figures["ads_click_auc"] > 0.68
+    assert figures["ads_click_calibration_error"] < 0.04
+    assert figures["ads_click_predicted_over_observed"] == pytest.approx(1, abs=0.2)
+    assert {"ads_click_log_loss", "ads_click_positives", "ads_impressions"} <= set(figures)
+    assert not {name for name in figures if name.startswith("ads_") and not name.startswith(("ads_click_", "ads_imp"))}
+
+
+def test_clicks_alone_do_not_depend_on_who_else_is_scored(
+    window_shop: Release, states: tuple[SupportSets, SupportSets]
+) -> None:
+    few = np.array([3, 0, 77])
+    part = _clicks(window_shop, gather(states[0], few), gather(states[1], few))
+    torch.testing.assert_close(part, _clicks(window_shop, *states)[few], rtol=1e-5, atol=0)
+
+
+def test_of_a_user_of_whom_nothing_is_known_everybodys_clicks_tell(window_shop: Release, shop: _Shop) -> None:
+    nobody = _clicks(window_shop, SupportSets.empty(1), SupportSets.empty(1))[0]
+    truth = torch.from_numpy(shop.click.mean(0))
+    assert _correlation(nobody, truth) > 0.9
+    assert _error(nobody, truth) < 0.04
+
+
+@pytest.mark.parametrize("bought", [True, False])
+def test_an_ad_that_nobody_was_shown_has_its_categorys_chance_of_a_click(
+    window_shop: Release, release: Release, shop: _Shop, *, bought: bool
+) -> None:
+    """All items of the training were shown from the first day on: what a new one is given must not be guessed from how
+    seldom one had been shown.
+    """
+    scorer = Scorer(release if bought else window_shop, CPU)
+    scorer.catalogue.add([(n, f"new{n}", f"c{n}") for n in range(_CATEGORIES)] + [(9, "strange", "unheard of")])
+    scorer.catalogue.set_ads([(f"ad{n}", n) for n in range(_CATEGORIES)] + [("strange", 9)])
+    found = scorer.ad_lists(SupportSets.empty(1), 9)
+    names = [scorer.catalogue.ad_ids[number] for number in found.numbers[0]]
+    clicks = found.scores if found.click is None else found.click
+    chances = dict(zip(names, clicks[0].tolist(), strict=True))
+    truth = [float(shop.click[:, np.arange(_ITEMS) % _CATEGORIES == n].mean()) for n in range(_CATEGORIES)]
+    assert [chances[f"ad{n}"] for n in range(_CATEGORIES)] == pytest.approx(truth, rel=0.35)
+    assert chances["strange"] == pytest.approx(shop.click.mean(), rel=0.5)
+
+
+def test_a_release_of_clicks_alone_comes_back_whole(
+    window_shop: Release, release: Release, states: tuple[SupportSets, SupportSets], tmp_path: Path
+) -> None:
+    again = load(save(window_shop, tmp_path))
+    assert torch.equal(_clicks(again, *states), _clicks(window_shop, *states))
+    tensors = load_file(tmp_path / "release-1.safetensors")
+    assert not {name for name in tensors if name.startswith("ads.head.") or "purchase" in name}
+    assert release.ads is not None
+    assert release.ads.clicks is not None
+    assert again.ads is not None
+    assert again.ads.clicks is not None
+    for number, (ads, says) in enumerate(
+        [
+            (replace(again.ads, clicks=None), "neither a purchase head nor a click head"),
+            (replace(again.ads, head=release.ads.head), "only one of its two purchase heads"),
+            (replace(release.ads, head=None), "only one of its two purchase heads"),
+            (replace(again.ads, clicks=replace(again.ads.clicks, rate=0.0)), "a click-through rate"),
+            (_without_click_weight(again.ads), "click weights of its click head"),
+        ]
+    ):
+        with pytest.raises(SettingsError, match=f"has an ad model with {says}.*: train it again"):
+            load(save(replace(window_shop, ads=ads), tmp_path / str(number)))
+
+
+def _without_click_weight(ads: AdModel) -> AdModel:
+    assert ads.clicks is not None
+    head = replace(ads.clicks.head, click=ads.clicks.head.click[1:])
+    return replace(ads, clicks=replace(ads.clicks, head=head))
+
+
+def test_calibrations_are_those_of_the_heads_there_are(window_shop: Release, release: Release) -> None:
+    for made in (window_shop, release):
+        assert made.ads is not None
+        assert made.ads.clicks is not None
+        state = made.ads.clicks.head.state()
+        for wrong in (state["calibrations"][:0], torch.cat([state["calibrations"]] * 2)):
+            with pytest.raises(RuntimeError):
+                ClickHead.restore(state | {"calibrations": wrong})
+
+
+def test_few_purchases_teach_clicks_alone(known: pl.DataFrame) -> None:
+    """Fewer than a purchase head needs: they are events like others, and no reason to foretell no clicks."""
+    kind = pl.col("event_type")
+    few = known.filter(kind == "purchase").sample(12, seed=0)
+    table = pl.concat([known.filter(kind != "purchase"), few]).sort("event_time", maintain_order=True)
+    scorer = _scorer(_trained(table))
+    assert scorer.ads_kind == "click"
+
+
 def test_an_ad_that_was_shown_often_and_never_clicked_is_not_taken_for_a_new_one(
     release: Release, known: pl.DataFrame
 ) -> None:
@@ -374,6 +502,8 @@ def test_without_purchases_or_clicks_of_impressions_there_is_no_click_head(
     early = pl.when(kind == "click").then(pl.col("event_time") - DAY).otherwise(pl.col("event_time"))
     unrelated = known.filter(kind != "purchase").with_columns(early.alias("event_time")).sort("event_time")
     assert _taught(release, unrelated) == (None, {})
+    assert _taught(release, unrelated, purchases=False) == (None, {})
+    assert _taught(release, known.filter(kind != "click"), purchases=False) == (None, {})
 
 
 def test_a_click_window_counts_in_learning_and_in_serving(
@@ -402,9 +532,9 @@ def test_settings_name_both_windows(known: pl.DataFrame) -> None:
 
 
 def _taught(
-    release: Release, events: pl.DataFrame, *, click_window: int = CLICK_WINDOW
+    release: Release, events: pl.DataFrame, *, click_window: int = CLICK_WINDOW, purchases: bool = True
 ) -> tuple[ClickModel | None, dict[str, float]]:
     kind = pl.col("event_type")
     history, shown = events.filter(kind != "impression"), events.filter(kind == "impression")
-    windows = DAY, click_window
-    return learn_clicks(history, shown, release.encoder, capacities=(32, 32), seed=0, windows=windows)
+    windows, both = (DAY, click_window), (32, 32)
+    return learn_clicks(history, shown, release.encoder, capacities=both, seed=0, windows=windows, purchases=purchases)

@@ -72,6 +72,12 @@ def model(release: Release) -> AdModel:
     return release.ads
 
 
+@pytest.fixture(scope="module")
+def head(model: AdModel) -> AdHead:
+    assert model.head is not None
+    return model.head
+
+
 def _scorer(release: Release, ads: int = _ITEMS) -> Scorer:
     scorer = Scorer(release, CPU)
     scorer.catalogue.add([(n, f"i{n:02}", f"c{n % _CATEGORIES}") for n in range(_ITEMS)])
@@ -137,19 +143,19 @@ def test_a_purchase_relabels_its_click_in_whatever_order_they_arrive(release: Re
     assert _chances(scorer, late) != _chances(scorer, without)
 
 
-def test_a_relabelled_click_moves_the_users_own_weights(model: AdModel) -> None:
+def test_a_relabelled_click_moves_the_users_own_weights(head: AdHead) -> None:
     """All else held equal: the same events, the same columns, only the label differs."""
-    head = replace(model.head, own_variances=torch.full_like(model.head.own_variances, VARIANCES[-1]))
-    features = head.own_features(torch.zeros(1, 4, len(model.head.centre)))
+    head = head.with_variance(VARIANCES[-1])
+    features = head.own_features(torch.zeros(1, 4, len(head.centre)))
     some = torch.ones(1, 4)
     never, once = torch.zeros(1, 4), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
     high, low = ((features @ head.adapt(features, of, some).unsqueeze(-1)).sum() for of in (once, never))
     assert high > low
 
 
-def test_what_is_served_is_what_was_judged(release: Release, model: AdModel) -> None:
+def test_what_is_served_is_what_was_judged(release: Release, model: AdModel, head: AdHead) -> None:
     """The chances of a batch of moments by way of support sets and by way of the log that training reads."""
-    head = model.head.with_variance(0.1)
+    head = head.with_variance(0.1)
     log = log_of(_history(600, days=3, seed=5), release.encoder)
     at = log.clicks[-40:]
     windows = Histories(log, 32).before(log.users[at], log.times[at])
@@ -275,6 +281,7 @@ def test_a_release_without_an_ad_model_ranks_ads(release: Release, tmp_path: Pat
         (lambda m: {"categories": m.categories[1:]}, "population of categories"),
         (lambda m: {"items": torch.full_like(m.items, torch.nan)}, "population of items"),
         (lambda _: {"rate": 1.5}, "conversion rate"),
+        (lambda _: {"head": None}, "neither a purchase head nor a click head"),
         (lambda m: {"head": replace(m.head, weights=m.head.weights[1:])}, "weights"),
         (lambda m: {"head": replace(m.head, own_columns=m.head.own_columns + 99)}, "own columns"),
         (lambda m: {"head": replace(m.head, linear_share=1.5)}, "share of the linear logit"),

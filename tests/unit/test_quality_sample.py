@@ -89,7 +89,7 @@ def test_only_a_probability_of_a_purchase_after_a_click_is_one() -> None:
     topics, reader = Settings().topics, Reader(Settings())
     ad = {"ad_id": "a", "item_id": "i", "score": 0.01, "click": 0.1, "purchase_given_click": 0.2}
     chances = []
-    for kind in ("purchase_given_click", "click_and_purchase", "ranking"):
+    for kind in ("purchase_given_click", "click_and_purchase", "click", "ranking", "of a later version"):
         record = {**HEAD, "model": "ads", "method": "bayes", "kind": kind, "ads": [ad]}
         chances += reader.batch(topics.ads, 0, [Record(b"u", json.dumps(record).encode(), 8)], 9).ads
-    assert [each.chances for each in chances] == [[0.01], [0.2], []]
+    assert [each.chances for each in chances] == [[0.01], [0.2], [], [], []]

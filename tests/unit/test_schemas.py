@@ -1,6 +1,7 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import msgspec
@@ -13,7 +14,7 @@ from innerloop.erasure import Erasure
 from innerloop.errors import DeadLetterError
 from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.events import Event, decode
-from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores, ScoredAd, ScoredItem
+from innerloop.scores import AdaptationRequest, AdScores, AdsKind, RecommendationScores, ScoredAd, ScoredItem
 from innerloop.shop_items import Item, decode_item
 from innerloop.streams.topics import catalogue
 
@@ -167,6 +168,10 @@ def test_struct_and_schema_have_the_same_fields(name: str) -> None:
     schema, fields = schemas.load(name), msgspec.structs.fields(STRUCTS[name])  # type: ignore[arg-type] # every value is a struct
     assert set(schema["properties"]) == {field.name for field in fields}
     assert set(schema["required"]) == {field.name for field in fields if field.required}
+
+
+def test_the_kinds_of_ads_are_those_of_the_schema() -> None:
+    assert set(schemas.load("ad_scores")["properties"]["kind"]["enum"]) == set(get_args(AdsKind))
 
 
 def test_a_release_record_is_a_card_and_its_place() -> None:

@@ -1,6 +1,7 @@
 import itertools
 import logging
 from random import Random
+from typing import get_args
 
 import msgspec
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innerloop.score_view import ScoreView, Tombstone
-from innerloop.scores import AdScores, RecommendationScores, ScoredItem
+from innerloop.scores import AdScores, AdsKind, RecommendationScores, ScoredItem
 
 KEY = b"u-1"
 
@@ -113,6 +114,15 @@ def test_what_is_no_score_record_is_skipped_counted_and_logged(
     assert view.undecodable == 1
     assert len(caplog.messages) == 1
     assert view.get("u-1") == scores(5, 5)
+
+
+def test_ads_of_a_kind_from_a_later_version_are_read_as_a_ranking() -> None:
+    view = ScoreView("ads")
+    assert view.apply(KEY, msgspec.json.encode({**msgspec.to_builtins(AD), "kind": "margin"})) is not None
+    assert view.undecodable == 0
+    found = view.get("u-1")
+    assert isinstance(found, AdScores)
+    assert found.kind not in get_args(AdsKind)
 
 
 def test_a_view_of_one_user_keeps_nobody_else() -> None:

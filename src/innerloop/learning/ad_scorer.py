@@ -1,7 +1,7 @@
 """From support sets to lists of ads by the chance that a click is followed by a purchase.
 
-With a click head in the release the lists are by the chance that a shown ad is clicked and then bought, and what users
-were shown counts, too.
+With a click head in the release the lists are by the chance that a shown ad is clicked and then bought, or, where
+purchases were too few to learn from, that it is clicked; what users were shown counts, too.
 
 Everything is told as of the task's newest event, labels of clicks included: a purchase relabels the clicks before it
 whenever it came, and the same state gives the same probabilities.
@@ -20,6 +20,8 @@ from innerloop.learning.ads.impressions import shown_past
 from innerloop.learning.ads.pairs import Past, describe
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.devices import moved
+from innerloop.scores import AdsKind
 from innerloop.support import SupportSets, gather
 
 Ints = NDArray[np.int64]
@@ -32,7 +34,7 @@ _LEAST = 1e-6  # as many digits as are published: a probability is never 0 or 1
 
 @dataclass(frozen=True)
 class AdLists:
-    """Ads by their number, best first, and their scores, [T, k] each; with a click head, also their factors."""
+    """Ads by their number, best first, and their scores, [T, k] each; of click and purchase, also both factors."""
 
     numbers: Ints
     scores: NDArray[np.float32]
@@ -50,8 +52,15 @@ class AdScorer:
         self._rows: Ints = np.empty(0, np.int64)  # by place in the catalogue, -1 for an item the release lacks
 
     @property
+    def kind(self) -> AdsKind:
+        """What the scores are."""
+        if self._model.clicks is None:
+            return "purchase_given_click"
+        return "click" if self._model.clicks.head.purchase is None else "click_and_purchase"
+
+    @property
     def by_click(self) -> bool:
-        """Whether lists are by click and purchase: then `best` wants what was shown."""
+        """Whether lists are by click: then `best` wants what was shown."""
         return self._model.clicks is not None
 
     def best(self, sets: SupportSets, shown: SupportSets | None, k: int, among: Tensor | None = None) -> AdLists:
@@ -65,7 +74,7 @@ class AdScorer:
         ads, width = among.shape[1], max(1, int((sets.sizes + shown.sizes).max(initial=0)))
         chunk = max(1, min(_TASKS_AT_ONCE, _PAIRS_AT_ONCE // (width * max(ads, width))))
         numbers = torch.empty(len(among), min(k, ads), dtype=torch.int64)
-        parts = torch.empty(3 if self.by_click else 1, len(among), min(k, ads))
+        parts = torch.empty(3 if self.kind == "click_and_purchase" else 1, len(among), min(k, ads))
         order = np.argsort(sets.sizes, kind="stable")  # sets of one size together: there is little to pad
         for first in range(0, len(among) if ads else 0, chunk):
             tasks = order[first : first + chunk]
@@ -77,14 +86,17 @@ class AdScorer:
         return AdLists(numbers.numpy(), *parts.numpy())
 
     def _parts(self, sets: SupportSets, shown: SupportSets, among: Tensor) -> Tensor:
-        """The score of the ads `among` [T, A] and what it is the product of, [1 or 3, T, A] float64."""
+        """The score of the ads `among` [T, A] and, if it is a product, what of: [1 or 3, T, A] float64."""
         if not self.by_click:
             return self.probabilities(sets, among).unsqueeze(0)
         click, purchase = self.chances(sets, shown, among)
-        return torch.stack([click * purchase, click, purchase])
+        return click.unsqueeze(0) if purchase is None else torch.stack([click * purchase, click, purchase])
 
-    def chances(self, sets: SupportSets, shown: SupportSets, among: Tensor) -> tuple[Tensor, Tensor]:
-        """Click, and purchase given click, of the ads `among` [T, A] if shown, each [T, A] float64 in (0, 1)."""
+    def chances(self, sets: SupportSets, shown: SupportSets, among: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Click, and purchase given click, of the ads `among` [T, A] if shown, each [T, A] float64 in (0, 1).
+
+        There is no second with the kind `click`.
+        """
         assert self._model.clicks is not None  # noqa: S101 - asked by who saw `by_click`
         model, clicks, device = self._model, self._model.clicks, self._catalogue.device
         did, places = self._past(sets)
@@ -103,10 +115,11 @@ class AdScorer:
 
         now = self._tensor(sets.newest + 1)  # as of the newest event: later impressions count from the next on
         click, purchase = clicks.head.probabilities(columns, seen, self._asked(among), now, wait=window)
-        return click.clamp(_LEAST, 1.0 - _LEAST), purchase.clamp(_LEAST, 1.0 - _LEAST)
+        return _probability(click), None if purchase is None else _probability(purchase)
 
     def probabilities(self, sets: SupportSets, among: Tensor) -> Tensor:
         """Purchase given click of the ads `among` [T, A], by number, by each task, [T, A] float64 in (0, 1)."""
+        assert self._model.head is not None  # noqa: S101 - there is one unless lists are by click
         past, ads = self._past(sets)[0], self._asked(among)
         now = self._tensor(sets.newest + 1)  # not the clock's: the same set gives the same at any time
         found = self._model.head.probabilities(
@@ -117,7 +130,7 @@ class AdScorer:
             now,
             self._model.rate,
         )
-        return found.clamp(_LEAST, 1.0 - _LEAST)
+        return _probability(found)
 
     def _past(self, sets: SupportSets) -> tuple[Past, Ints]:
         """The tasks' events, and where their items are."""
@@ -149,4 +162,8 @@ class AdScorer:
         return np.where(places >= 0, of_place[places], -1) if len(of_place) else np.full(places.shape, -1)
 
     def _tensor(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self._catalogue.device)
+        return moved(torch.from_numpy(values), self._catalogue.device)
+
+
+def _probability(found: Tensor) -> Tensor:
+    return found.clamp(_LEAST, 1.0 - _LEAST)

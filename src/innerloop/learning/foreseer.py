@@ -10,6 +10,7 @@ from torch import Tensor
 
 from innerloop.learning.candidates import FEATURES, Candidates, Recent
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.devices import moved
 from innerloop.learning.heads import NoneHead
 from innerloop.learning.item_index import ItemSearch
 from innerloop.learning.ranking import scores_of
@@ -58,8 +59,8 @@ class Foreseer:
     def describe(self, foreseen: Foreseen, found: Candidates) -> None:
         """Fill in the features: log P among the task's best, what the transitions say, and as a share of the most."""
         rows = found.rows()
-        at = torch.from_numpy(rows).to(self._catalogue.device)
-        places = torch.from_numpy(found.places).to(self._catalogue.device)
+        at = moved(torch.from_numpy(rows), self._catalogue.device)
+        places = moved(torch.from_numpy(found.places), self._catalogue.device)
         scores, _ = scores_of(foreseen.queries, at, self._catalogue.sequence_vectors, places)
         found.features[:, _SEQUENCE] = (scores - foreseen.level[at]).cpu().numpy()
         says = says_of(foreseen.follows, rows, found.places)
@@ -77,8 +78,8 @@ class Foreseer:
         # Oldest first, at the front.
         step = lengths[:, None] - 1 - np.arange(width)
         places = np.take_along_axis(newest, np.maximum(step, 0), 1)
-        where = torch.from_numpy(np.maximum(places, 0)).to(self._catalogue.device)
-        count = torch.from_numpy(lengths).to(self._catalogue.device)
+        where = moved(torch.from_numpy(np.maximum(places, 0)), self._catalogue.device)
+        count = moved(torch.from_numpy(lengths), self._catalogue.device)
         return sequence.queries(self._catalogue.sequence_vectors[where], count)
 
     def _follows(self, recent: Recent) -> scipy.sparse.csr_matrix:

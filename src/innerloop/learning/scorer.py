@@ -16,6 +16,7 @@ from innerloop.learning.ad_scorer import MOST as MOST_ADS
 from innerloop.learning.ad_scorer import AdLists, AdScorer
 from innerloop.learning.candidates import FEATURES, LIKED, PLAIN, Candidates, Pool, Recent, gather
 from innerloop.learning.catalogue import Catalogue
+from innerloop.learning.devices import moved
 from innerloop.learning.foreseer import Foreseer
 from innerloop.learning.heads import Head, Support
 from innerloop.learning.item_index import ItemSearch
@@ -75,10 +76,13 @@ class Scorer:
 
     @property
     def ads_kind(self) -> AdsKind:
-        """What ads are scored by: the chance of click and purchase, of purchase given click, or a ranking alone."""
-        if self._ads is None:
-            return "ranking"
-        return "click_and_purchase" if self._ads.by_click else "purchase_given_click"
+        """What ads are scored by: the chance of click and purchase, of one of the two, or a ranking alone."""
+        return "ranking" if self._ads is None else self._ads.kind
+
+    @property
+    def ads_by_click(self) -> bool:
+        """Whether `ad_lists` looks at what was shown."""
+        return self._ads is not None and self._ads.by_click
 
     def observe(self, activity: Activity) -> None:
         """Take in what everybody did; items by their numbers, all of which `catalogue.add` has seen."""
@@ -100,7 +104,7 @@ class Scorer:
                 parameters = self.parameters(sets)
             seen = self.recent(sets).places if exclude_seen else None
             if self.catalogue.release.ranker is None:
-                excluded = None if seen is None else torch.from_numpy(seen).to(parameters.device)
+                excluded = None if seen is None else moved(torch.from_numpy(seen), parameters.device)
                 with STEP_SECONDS.labels("score").time():
                     return self._liked(parameters, k, excluded)
             found = self.candidates(sets, parameters)
@@ -121,8 +125,8 @@ class Scorer:
     def ad_lists(self, sets: SupportSets, k: int, shown: SupportSets | None = None) -> AdLists:
         """The k best active ads of each task, by their number in `catalogue.ad_ids`, and their scores.
 
-        With an ad model in the release the scores are probabilities, else they only rank; see `ads_kind`, which also
-        tells whether `shown`, the same tasks' impressions, are looked at.
+        With an ad model in the release the scores are probabilities, else they only rank: see `ads_kind`. `shown` are
+        the same tasks' impressions: see `ads_by_click`.
         """
         with torch.inference_mode():
             if self._ads is not None:
@@ -163,8 +167,8 @@ class Scorer:
         extra = None if foreseen is None else foreseen.liked
         with STEP_SECONDS.labels("candidates").time():
             found = gather(recent, now, pool, liked, len(catalogue), foreseen=extra)
-        places = torch.from_numpy(found.places).to(catalogue.device)
-        rows = torch.from_numpy(found.rows()).to(catalogue.device)
+        places = moved(torch.from_numpy(found.places), catalogue.device)
+        rows = moved(torch.from_numpy(found.rows()), catalogue.device)
         scores, prior = _scores(catalogue.head, parameters, rows, catalogue.vectors, places)
         found.features[:, _HEAD] = scores.cpu().numpy()
         found.features[:, _LIFT] = (scores - prior).cpu().numpy()
@@ -243,13 +247,13 @@ def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
     weights.reshape(-1)[at] = sets.examples["weight"]
     # Age counts from the task's newest event, not from now: the same set gives the same scores at any time.
     ages.reshape(-1)[at] = (np.repeat(sets.newest, sizes) - sets.examples["time"]) / 1000.0
-    where = torch.from_numpy(places).to(catalogue.device)
+    where = moved(torch.from_numpy(places), catalogue.device)
     mask = where >= 0
     support = Support(
         features=catalogue.vectors[where.clamp(min=0)],
         labels=mask.to(torch.float32),
-        weights=torch.from_numpy(weights).to(catalogue.device) * mask,
-        ages=torch.from_numpy(ages).to(catalogue.device),
+        weights=moved(torch.from_numpy(weights), catalogue.device) * mask,
+        ages=moved(torch.from_numpy(ages), catalogue.device),
         mask=mask,
     )
     return support, where

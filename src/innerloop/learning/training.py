@@ -11,7 +11,7 @@
    foresee. Whether it reads the sequence model is decided on the newest of them (`ranker.worth_of_sequences`).
 6. Encoder and prior are learned once more, on all of the history, with what was chosen; the sequence model goes on.
 7. Where there are purchases enough, the ad model is learned, calibrated and measured (`ads.teaching`); where there are
-   impressions, too, so are clicks on what is shown (`ads.click_teaching`).
+   impressions, so are clicks on what is shown (`ads.click_teaching`), without purchases alone.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ from innerloop.errors import SettingsError
 from innerloop.events import IMPRESSION
 from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.click_teaching import learn_clicks
-from innerloop.learning.ads.teaching import learn_ads
+from innerloop.learning.ads.teaching import learn_ads, without_purchases
 from innerloop.learning.candidates import PLAIN
 from innerloop.learning.described import Described, with_described, worth_of_content
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
@@ -157,13 +157,19 @@ def train(
     tell("ads", 0.97)
     windows = round(settings.attribution_hours * HOUR), round(settings.click_hours * HOUR)
     ads, of_ads = learn_ads(history, encoder, capacity=capacity, seed=settings.seed, window=windows[0])
-    if ads is not None:
-        clicks, of_clicks = learn_clicks(
-            history, shown, encoder, capacities=(capacity, impressions), seed=settings.seed, windows=windows
-        )
-        ads, of_ads = replace(ads, clicks=clicks), of_ads | of_clicks
+    clicks, of_clicks = learn_clicks(
+        history,
+        shown,
+        encoder,
+        capacities=(capacity, impressions),
+        seed=settings.seed,
+        windows=windows,
+        purchases=ads is not None,
+    )
+    if clicks is not None:
+        ads = replace(ads or without_purchases(history, encoder, window=windows[0]), clicks=clicks)
     tell("done", 1.0)
-    card = _card(history, settings, version, choice, metrics | of_sequences | of_lists | of_ads)
+    card = _card(history, settings, version, choice, metrics | of_sequences | of_lists | of_ads | of_clicks)
     return Release(card, encoder, head, ranker, ads, sequence, transitions)
 
 

@@ -71,5 +71,6 @@ def _chances(model: AdModel, log: ConversionLog, at: Ints) -> Floats:
 
     now = torch.from_numpy(sets.newest + 1)
     of_past, of_asked = known(past.items, past.categories), known(asked.items, asked.categories)
+    assert model.head is not None  # noqa: S101 - `learn_ads` has learned one
     found = model.head.probabilities(past, of_past, asked, of_asked, now, model.rate)
     return np.asarray(found[:, 0].numpy(), np.float64)

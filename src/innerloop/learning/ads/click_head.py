@@ -1,9 +1,10 @@
 """The click head, where impressions exist: how likely a shown ad is clicked, and its item bought after that click.
 
 Both see what the user's events and impressions say of an ad, and what everybody's do (`COLUMNS_SHOWN`). Their linear
-logits are learned together over all impressions, the second's prior being the first (`entire_space`). A user's own
-weights act on the click's logit and a few columns, found from the user's newest impressions with a label in a few
-Newton steps; Platt scaling comes last:
+logits are learned together over all impressions, the second's prior being the first (`entire_space`); where purchases
+are too few to learn from, the click's is learned alone, and there is no second. A user's own weights act on the click's
+logit and a few columns, found from the user's newest impressions with a label in a few Newton steps; Platt scaling
+comes last:
 
     p(click) = platt((s, 1, x_own) . w_user),   s = x . w_click
     p(purchase | click) = platt(x . w_purchase)
@@ -21,13 +22,18 @@ from innerloop.learning.ads.ad_head import POPULATION, VARIANCES, Ads, design, n
 from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.calibration import Platt
 from innerloop.learning.ads.entire_space import fit_click_and_purchase
-from innerloop.learning.ads.logistic import Normal, Tasks, map_estimate
+from innerloop.learning.ads.logistic import Normal, Tasks, fit_shared, map_estimate
 from innerloop.learning.ads.pairs import NAMES, Past
 
 _COLUMNS = (*NAMES, *POPULATION)
 COLUMNS_SHOWN: tuple[str, ...] = (*_COLUMNS, *(f"impressions, {name}" for name in _COLUMNS))
 """Columns of an impression: those of a click, then the same of impressions, which convert when they are clicked."""
 _OWN = ("category: clicks", "impressions, user and category: conversion rate", "impressions, category: conversion rate")
+
+_OF_ITEM = [at for at, name in enumerate(COLUMNS_SHOWN) if name.removeprefix("impressions, ").startswith("item: ")]
+_AS_NEW = 10
+"""One in so many impressions is learned from a second time, as if nobody had met its item (as in DropoutNet, Volkovs
+2017): counts of items that have all been shown for long don't tell what a new one's are worth."""
 
 Describe = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Items, categories and times (epoch ms), all [T, A] -> what was known of them then, [T, A, 2C]."""
@@ -40,20 +46,28 @@ class ClickHead:
     centre: Tensor  # [2C] float64
     scale: Tensor  # [2C] float64
     click: Tensor  # [F] float64
-    purchase: Tensor  # [F] float64
+    purchase: Tensor | None  # [F] float64; None: purchases were too few to learn from
     own_columns: Tensor  # [K - 2] int64, columns of the design
     own_variances: Tensor  # [K] float64
     click_calibration: Platt = field(default_factory=Platt)
     purchase_calibration: Platt = field(default_factory=Platt)
 
     @classmethod
-    def fit(cls, columns: Tensor, clicked: Tensor, bought: Tensor) -> "ClickHead":
-        """Learn both heads from `columns` [N, 2C] of impressions and their final labels [N].
+    def fit(cls, columns: Tensor, clicked: Tensor, bought: Tensor | None) -> "ClickHead":
+        """Learn both heads from `columns` [N, 2C] of impressions and their final labels [N], or the click's alone.
 
-        Raises ValueError as `fit_click_and_purchase` does.
+        Raises ValueError as `fit_click_and_purchase` and `fit_shared` do.
         """
+        some = torch.arange(0, len(columns), _AS_NEW)
+        columns = torch.cat([columns, columns[some].index_fill(1, torch.tensor(_OF_ITEM), 0.0)])
+        clicked = torch.cat([clicked, clicked[some]])
+        bought = None if bought is None else torch.cat([bought, bought[some]])
         centre, scale = columns.double().mean(0), columns.double().std(0, correction=0)
-        click, purchase = fit_click_and_purchase(design(columns, centre, scale), clicked, bought)
+        x, purchase = design(columns, centre, scale), None
+        if bought is None:
+            click = fit_shared(x, clicked, torch.arange(x.shape[1]).clamp(max=1)).mean
+        else:
+            click, purchase = fit_click_and_purchase(x, clicked, bought)
         own = torch.tensor([1 + COLUMNS_SHOWN.index(name) for name in _OWN])
         return cls(centre, scale, click, purchase, own, torch.full((2 + len(own),), VARIANCES[0], dtype=torch.float64))
 
@@ -74,7 +88,8 @@ class ClickHead:
         return torch.cat([logit, torch.ones_like(logit), x[..., self.own_columns]], -1)
 
     def purchase_logits(self, columns: Tensor) -> Tensor:
-        """Uncalibrated logits of a purchase given a click, [.., 2C] -> [..] float64."""
+        """Uncalibrated logits of a purchase given a click, [.., 2C] -> [..] float64; for a head that has them."""
+        assert self.purchase is not None  # noqa: S101 - asked by who saw it
         return design(columns, self.centre, self.scale) @ self.purchase
 
     def adapt(self, features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -84,14 +99,15 @@ class ClickHead:
 
     def probabilities(
         self, describe: Describe, shown: Past, ads: Ads, now: Tensor, *, wait: int = HOUR
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Click, and purchase given click, of these ads if shown at `now` [T] (epoch ms), [T, A] each.
 
-        An impression that nobody has clicked is known for one after the `wait` (ms).
+        Without a purchase head there is no second. An impression that nobody has clicked is known for one after the
+        `wait` (ms).
         """
         columns = describe(ads.items, ads.categories, now.unsqueeze(1).expand_as(ads.items))
         features = self.own_features(columns)
-        bought = self.purchase_calibration(self.purchase_logits(columns))
+        bought = None if self.purchase is None else self.purchase_calibration(self.purchase_logits(columns))
         if float(self.own_variances.max()) <= VARIANCES[0]:  # nobody differs: there is nothing to adapt
             return self.click_calibration(features @ self.own_mean), bought
         clicked, known, newest = newest_known(shown, now, wait=wait)
@@ -102,28 +118,28 @@ class ClickHead:
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned, by name, for a release."""
-        platts = (self.click_calibration, self.purchase_calibration)
-        return {
+        platts = (self.click_calibration, self.purchase_calibration)[: 1 if self.purchase is None else 2]
+        found = {
             "centre": self.centre,
             "scale": self.scale,
             "click": self.click,
-            "purchase": self.purchase,
             "own_columns": self.own_columns,
             "own_variances": self.own_variances,
             "calibrations": torch.tensor([[p.slope, p.intercept] for p in platts], dtype=torch.float64),
         }
+        return found if self.purchase is None else found | {"purchase": self.purchase}
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> "ClickHead":
-        """Raises KeyError when something is missing, ValueError or TypeError when a calibration is none."""
-        click, purchase = state["calibrations"].tolist()
+        """Raises KeyError when something is missing, RuntimeError when there isn't one calibration for each head."""
+        purchase = state.get("purchase")
+        calibrations = state["calibrations"].reshape(1 if purchase is None else 2, 2).tolist()
         return cls(
             state["centre"],
             state["scale"],
             state["click"],
-            state["purchase"],
+            purchase,
             state["own_columns"],
             state["own_variances"],
-            Platt(*click),
-            Platt(*purchase),
+            *(Platt(*each) for each in calibrations),
         )

@@ -41,7 +41,7 @@ class ClickModel:
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> "ClickModel":
-        """Raises KeyError when something is missing, ValueError, TypeError or MsgspecError when it is damaged."""
+        """Raises KeyError when something is missing, or what `releases.load` knows for damaged."""
         head = {name.removeprefix(_HEAD): tensor for name, tensor in state.items() if name.startswith(_HEAD)}
         names = msgspec.json.decode(state["only_shown"].cpu().numpy().tobytes(), type=list[str])
         (rate,) = state["rate"].tolist()
@@ -57,11 +57,12 @@ class ClickModel:
             "centres": (self.head.centre, (features - 1,)),
             "scales": (self.head.scale, (features - 1,)),
             "click weights": (self.head.click, (features,)),
-            "purchase weights": (self.head.purchase, (features,)),
             "own columns": (self.head.own_columns, (max(own - 2, 0),)),
             "own variances": (self.head.own_variances, (max(own, 2),)),
-            "calibrations": (self.head.state()["calibrations"], (2, 2)),
+            "calibrations": (self.head.state()["calibrations"], (1 if self.head.purchase is None else 2, 2)),
         }
+        if self.head.purchase is not None:
+            expected["purchase weights"] = self.head.purchase, (features,)
         for what, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
                 yield f"{what} of its click head not finite of shape {shape}"

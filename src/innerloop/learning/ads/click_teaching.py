@@ -1,5 +1,7 @@
 """Learning a release's click model from impressions, calibrated and measured on its later ones.
 
+Where purchases are too few they are left out: of both heads below there is only the click's.
+
 1. The impressions whose click and purchase windows have ended have final labels; those of as many users as have `_MOST`
    together are described. The last three tenths of them are held out.
 2. Both heads are learned on the earlier ones whose labels were final when the held-out ones began.
@@ -9,7 +11,6 @@
    impressions: the click's on all of these, the purchase's on the clicked ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,8 +69,13 @@ class _Impressions:
     places: Ints  # [N], in the log of impressions
     columns: Tensor  # [N, 2C]
     clicked: Tensor  # [N] float64
-    bought: Tensor  # [N] float64
+    bought: Tensor | None  # [N] float64; None: purchases aren't learned
     histories: Histories
+
+    def fit(self, some: slice) -> ClickHead:
+        """A head learned on some of them."""
+        bought = None if self.bought is None else self.bought[some]
+        return ClickHead.fit(self.columns[some], self.clicked[some], bought)
 
     def click_logits(self, head: ClickHead, some: slice) -> Tensor:
         """Uncalibrated logits of some of them, each after what its user had been shown and done before."""
@@ -84,8 +90,31 @@ class _Impressions:
         return (
             len(clicked) >= _LEAST_IMPRESSIONS
             and _LEAST_CLICKED <= float(clicked.sum()) < len(clicked)
-            and _LEAST_SOLD <= float(self.bought[some].sum()) < float(clicked.sum())
+            and (self.bought is None or _LEAST_SOLD <= float(self.bought[some].sum()) < float(clicked.sum()))
         )
+
+
+@dataclass(frozen=True)
+class _Foretold:
+    """Held-out impressions in order of time: uncalibrated logits of a head, and what came of them, [H] each."""
+
+    click: Tensor
+    clicked: Tensor
+    purchase: tuple[Tensor, Tensor] | None
+    """Of a purchase given a click, and whether there was one."""
+
+    @classmethod
+    def by(cls, head: ClickHead, known: _Impressions, some: slice) -> "_Foretold":
+        purchase = None if known.bought is None else (head.purchase_logits(known.columns[some]), known.bought[some])
+        return cls(known.click_logits(head, some), known.clicked[some], purchase)
+
+    def calibrations(self, some: slice) -> tuple[Platt, Platt]:
+        """Fitted on some of them: the click's on all of these, the purchase's on the clicked ones."""
+        click = Platt.fit(self.click[some], self.clicked[some])
+        if self.purchase is None:
+            return click, Platt()
+        logits, bought = (part[some][self.clicked[some] > 0] for part in self.purchase)
+        return click, Platt.fit(logits, bought)
 
 
 def learn_clicks(
@@ -96,37 +125,40 @@ def learn_clicks(
     capacities: tuple[int, int],
     seed: int,
     windows: tuple[int, int] = (DAY, CLICK_WINDOW),
+    purchases: bool = True,
 ) -> tuple[ClickModel | None, dict[str, float]]:
     """Learn from event tables in order of time, for the items and categories of the encoder, which knows the history's.
 
     `capacities` are those of the support sets and of the impressions kept beside them, `windows` those in which a
-    purchase belongs to a click and a click to an impression (ms). Also returns the figures on
-    held-out impressions by name. (None, {}) when there are too few impressions, clicks on them, or purchases.
+    purchase belongs to a click and a click to an impression (ms). `purchases` says whether these are learned, too.
+
+    Also returns the figures on held-out impressions by name. (None, {}) when there are too few impressions, clicks on
+    them, or, where they are learned, purchases.
     """
     if impressions.is_empty():
         return None, {}
-    known = _final(shown_log(history, impressions, encoder, windows=windows), capacities, seed)
+    log = shown_log(history, impressions, encoder, windows=windows)
+    wait = sum(windows) if purchases else windows[1]
+    known = _final(log, capacities, seed, wait, purchases=purchases)
     count = len(known.places)
     if not known.enough(slice(None)):
         return None, {}
     times = known.log.shown.times[known.places]
     cut = round(count * (1.0 - _HELD_OUT))
     middle = cut + (count - cut) // 2
-    before = int(np.searchsorted(times, times[cut] - sum(windows)))
+    before = int(np.searchsorted(times, times[cut] - wait))
     if not all(known.enough(part) for part in (slice(0, before), slice(cut, middle), slice(middle, None))):
         return None, {}
-    early = ClickHead.fit(known.columns[:before], known.clicked[:before], known.bought[:before])
+    early = known.fit(slice(0, before))
     early = early.with_variance(_best_variance(early, known, slice(cut, middle)))
-    last = slice(cut, None)
-    click, purchase = known.click_logits(early, last), early.purchase_logits(known.columns[last])
-    clicked, bought = known.clicked[last], known.bought[last]
-    figures = _figures((click, purchase), (clicked, bought), middle - cut)
+    foretold = _Foretold.by(early, known, slice(cut, None))
+    click, purchase = foretold.calibrations(slice(None))
     head = replace(
-        ClickHead.fit(known.columns, known.clicked, known.bought).with_variance(float(early.own_variances[0])),
-        click_calibration=Platt.fit(click, clicked),
-        purchase_calibration=Platt.fit(purchase[clicked > 0], bought[clicked > 0]),
+        known.fit(slice(None)).with_variance(float(early.own_variances[0])),
+        click_calibration=click,
+        purchase_calibration=purchase,
     )
-    return _model(known.log, head, encoder), figures
+    return _model(known.log, head, encoder), _figures(foretold, middle - cut)
 
 
 def shown_log(
@@ -175,25 +207,26 @@ def _newest_categories(table: pl.DataFrame, items: list[str]) -> list[str | None
     return [found.get(item) for item in items]
 
 
-def _final(log: ShownLog, capacities: tuple[int, int], seed: int) -> _Impressions:
-    """Those whose windows end within the log, of users drawn at random."""
+def _final(log: ShownLog, capacities: tuple[int, int], seed: int, wait: int, *, purchases: bool) -> _Impressions:
+    """Those whose labels are final within the log, `wait` ms after them, of users drawn at random."""
     shown = log.shown
     end = max(int(part.times[-1]) for part in (log.did, shown))
-    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - sum(log.windows)), seed)
+    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - wait), seed)
     histories, exposures = Histories(log.did, capacities[0]), Histories(shown, max(1, capacities[1]))
     asked = Asked(shown.items[at], shown.categories[at], shown.times[at])
     held_out_from = int(asked.times[round(len(at) * (1.0 - _HELD_OUT))]) if len(at) else 0
     parts = []
-    for part, history, wait in ((log.did, histories, HOUR), (shown, exposures, log.windows[1])):
+    for part, history, delay in ((log.did, histories, HOUR), (shown, exposures, log.windows[1])):
         # All that is learned here are the prior's two strengths: of the part before what is held out.
         prior = content_prior(part, held_out_from)
-        everybody = population_of(part, asked.items, asked.categories, asked.times, prior, wait=wait)
+        everybody = population_of(part, asked.items, asked.categories, asked.times, prior, wait=delay)
         windows = history.before(shown.users[at], asked.times)
-        own = own_columns_of(part, asked, windows, everybody.rate, wait=wait)
+        own = own_columns_of(part, asked, windows, everybody.rate, wait=delay)
         parts += [own, everybody.columns[:, : len(POPULATION)]]
     labels = [(when[at] < NEVER).astype(np.float64) for when in (shown.attribution.converted_at, log.bought_at)]
     clicked, bought = map(torch.from_numpy, labels)
-    return _Impressions(log, at, torch.from_numpy(np.concatenate(parts, 1)), clicked, bought, exposures)
+    columns = torch.from_numpy(np.concatenate(parts, 1))
+    return _Impressions(log, at, columns, clicked, bought if purchases else None, exposures)
 
 
 def _of_some_users(shown: ConversionLog, at: Ints, seed: int) -> Ints:
@@ -237,18 +270,20 @@ def _model(log: ShownLog, head: ClickHead, encoder: Encoder) -> ClickModel:
     )
 
 
-def _figures(logits: Sequence[Tensor], labels: Sequence[Tensor], calibrating: int) -> dict[str, float]:
+def _figures(foretold: _Foretold, calibrating: int) -> dict[str, float]:
     """Of the impressions after the first `calibrating` ones, on which the calibrations are fitted.
 
     Click (`ads_click_*`), and click and purchase over all impressions, clicked or not (`ads_ctcvr_*`).
     """
-    (click, purchase), (clicked, bought) = logits, labels
-    first, last = slice(0, calibrating), slice(calibrating, None)
-    some = clicked[first] > 0
-    p = Platt.fit(click[first], clicked[first])(click[last])
-    both = p * Platt.fit(purchase[first][some], bought[first][some])(purchase[last])
+    click, purchase = foretold.calibrations(slice(0, calibrating))
+    last = slice(calibrating, None)
+    p = click(foretold.click[last])
+    judged = {"click": (p, foretold.clicked[last])}
+    if foretold.purchase is not None:
+        logits, bought = foretold.purchase
+        judged["ctcvr"] = p * purchase(logits[last]), bought[last]
     found = {"ads_impressions": float(len(p))}
-    for name, chances, y in (("click", p, clicked[last]), ("ctcvr", both, bought[last])):
+    for name, (chances, y) in judged.items():
         found |= {
             f"ads_{name}_positives": float(y.sum()),
             f"ads_{name}_auc": auc(chances, y),

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from innerloop.learning.ads.attribution import DAY, NEVER, attribute
 from innerloop.learning.ads.pairs import KINDS, Past
+from innerloop.learning.devices import moved
 from innerloop.support import SupportSets, ranges
 
 _CLICK, _PURCHASE = 1, 1 + KINDS.index("purchase")  # event type codes as stored: from 1 in the order of KINDS
@@ -46,4 +47,4 @@ def pad(sets: SupportSets, values: NDArray[np.int64], fill: int, device: torch.d
     width = max(1, int(sizes.max(initial=0)))
     found = np.full(len(sizes) * width, fill, np.int64)
     found[ranges(np.arange(len(sizes)) * width, sizes)] = values
-    return torch.from_numpy(found.reshape(len(sizes), width)).to(device)
+    return moved(torch.from_numpy(found.reshape(len(sizes), width)), device)

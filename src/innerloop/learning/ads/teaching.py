@@ -92,6 +92,11 @@ def learn_ads(
     return replace(_model(log, head, encoder), window=window), figures
 
 
+def without_purchases(history: pl.DataFrame, encoder: Encoder, *, window: int = DAY) -> AdModel:
+    """What everybody's events say of each item, without a head: for a click head where purchases are too few."""
+    return replace(_model(log_of(history, encoder, window=window), None, encoder), window=window)
+
+
 def log_of(history: pl.DataFrame, encoder: Encoder, *, window: int = DAY) -> ConversionLog:
     """An item's category is the one it has in serving, its newest."""
     names = pl.Series(encoder.item_ids, dtype=pl.String)
@@ -145,7 +150,7 @@ def _enough(labels: Tensor) -> bool:
     return len(labels) >= _LEAST_CLICKS and _LEAST_SOLD <= float(labels.sum()) < len(labels)
 
 
-def _model(log: ConversionLog, head: AdHead, encoder: Encoder) -> AdModel:
+def _model(log: ConversionLog, head: AdHead | None, encoder: Encoder) -> AdModel:
     """With what is known behind the last event."""
     end = int(log.times[-1]) + 1
     prior = content_prior(log, end)
