@@ -96,7 +96,7 @@ class Loop:
         self._own: dict[str, clients.Value] = {"auto_offset_reset": "error"}
         if instance is not None:
             self._own["group_instance_id"] = instance
-        self._settings, self._brokers = settings, BrokerCheck(settings)
+        self._settings, self._brokers = settings, BrokerCheck(settings, self._topics[0])
         self._generation = 0
         self._consumer = self._new_consumer()
         self._owned: set[Partition] = set()
