@@ -23,7 +23,7 @@ class Turning(Protocol):
 
     @property
     def joined(self) -> bool:
-        """Whether the group has given it its partitions, none included."""
+        """Whether the group has given it its partitions, none included, and all of them are claimed."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class Health:
         loop: Turning,
         stuck_after_seconds: float,
         *,
+        unclaimed: Callable[[], str | None] = lambda: None,
         stacks: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._loop, self._stuck_after, self._clock = loop, stuck_after_seconds, clock
+        """`unclaimed` says in a sentence which partitions the loop cannot claim yet, and why."""
+        self._loop, self._unclaimed, self._stuck_after, self._clock = loop, unclaimed, stuck_after_seconds, clock
         self._stacks = stacks or sys.stderr
         self._dumped = False
         self._over: str | None = None
@@ -70,12 +72,13 @@ class Health:
 
     @property
     def ready(self) -> Verdict:
-        """Red until the group has given partitions (the model is warm by then), while the loop is stuck, and after."""
+        """Red until what the group gave is claimed (the model is warm by then), while the loop is stuck, and after."""
         live = self.live
         if not live.good or self._over is not None:
             return Verdict(good=False, why=live.why)
         if not self._loop.joined:
-            return Verdict(good=False, why="The consumer group has not given this process its partitions yet.")
+            why = self._unclaimed() or "The consumer group has not given this process its partitions yet."
+            return Verdict(good=False, why=why)
         return Verdict(good=True, why="In its group, and warm.")
 
     def look(self) -> None:

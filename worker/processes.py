@@ -131,7 +131,7 @@ def _run(
 ) -> None:
     """Run the loop, and show how it does while it runs; and that the breaker has stopped it, for a while longer."""
     lag = LagGauges(group, topics, lambda: loop.owned)
-    health = Health(loop, settings.http.stuck_after_seconds)
+    health = Health(loop, settings.http.stuck_after_seconds, unclaimed=lambda: loop.unclaimed)
     with listening(settings.http, health) as port, measured(settings, lag.look, *gpu_gauges(device)):
         try:
             loop.run()

@@ -81,7 +81,7 @@ class ScoreReader:
         self._handled: dict[int, int] = {}  # by partition: the offset to commit
         self._committed_at = time.monotonic()
         self._stopped = False
-        self._wanted, self._brokers = partitions, BrokerCheck(self._kafka)
+        self._wanted, self._brokers = partitions, BrokerCheck(self._kafka, self.topic)
         self._consumer: Consumer | None = self._opened()
 
     def __enter__(self) -> Self:
@@ -340,18 +340,18 @@ def newest_two(
 
 
 def _partition_count(consumer: Consumer, kafka: KafkaSettings, topic: str) -> int:
-    """How many partitions the topic has; asks for all topics, since asking for one may make it."""
+    """How many partitions the topic has."""
     try:
-        topics = consumer.list_topics(timeout=_ANSWER_SECONDS).topics
+        partitions = consumer.list_topics(topic, timeout=_ANSWER_SECONDS).topics[topic].partitions
     except KafkaException as error:
         clients.require_broker(kafka, _REASON_SECONDS)  # a refusal has a sentence of its own
         raise ServiceError(
             f"No Kafka broker answers at {kafka.bootstrap_servers} ({error.args[0].str()}): "
             "start it, or correct the address."
         ) from None
-    if topic not in topics:
+    if not partitions:
         raise ServiceError(f"Topic {topic} does not exist: run `innerloop topics`.")
-    return len(topics[topic].partitions)
+    return len(partitions)
 
 
 def _bounds(consumer: Consumer, topic: str, number: int, seconds: float) -> tuple[int, int]:

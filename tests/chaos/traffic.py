@@ -164,7 +164,7 @@ class Traffic(threading.Thread):
         super().__init__(name="traffic", daemon=True)
         self._rng = random.Random(seed)
         self._records = Records(settings, self._rng, users=users, items=items)
-        self._kafka = settings.kafka
+        self._kafka, self._topic = settings.kafka, settings.topics.clicks
         self._producers = [self._new_producer(number) for number in range(PRODUCERS)]
         self._skews = [self._rng.choice(SKEWS_MS) for _ in range(PRODUCERS)]
         self.most_per_second, self.rate = most_per_second, min(4_000.0, most_per_second)
@@ -252,7 +252,7 @@ class Traffic(threading.Thread):
                 self._waiting[number] = len(producer), now
             elif now - since > _PATIENCE_SECONDS:
                 self._waiting[number] = len(producer), now
-                if has_lost_brokers(producer, self._kafka):
+                if has_lost_brokers(producer, self._kafka, self._topic):
                     self._replace(number)
 
     def _replace(self, number: int) -> None:

@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import pytest
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 from structlog.testing import capture_logs
 from test_client import scores
 from test_ingest import Member, check, events_of, send, shrunk, until
@@ -57,30 +59,41 @@ def asking(those: list[Producer], topic: str) -> Iterator[None]:
             thread.join()
 
 
-@pytest.mark.timeout(300)
-def test_a_lost_client_is_told_from_one_that_waits(
-    settings: Settings, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    kafka = KafkaServer(tmp_path_factory.mktemp("own") / "kafka", announce=lambda _line: None)
+@pytest.fixture
+def own(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, KafkaServer]]:
+    """A broker of its own that makes every topic it is asked for, and has none yet."""
+    kafka = KafkaServer(
+        tmp_path_factory.mktemp("own") / "kafka",
+        announce=lambda _line: None,
+        properties={"auto.create.topics.enable": "true"},
+    )
     kafka.start()
+    its = settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers})
     try:
-        own = settings.model_copy(
-            update={"kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers})}
-        )
-        ensure_topics(own)
-        lost = _provoked(own, kafka)
-        waiting = clients.producer(own.kafka)
-        assert not has_lost_brokers(waiting, own.kafka)
-        assert all(has_lost_brokers(each, own.kafka) for each in lost)
-        kafka.stop()
-        assert not any(has_lost_brokers(each, own.kafka) for each in (*lost, waiting))
-        kafka.start()
-        assert not has_lost_brokers(waiting, own.kafka)
-        for each in lost:
-            each.produce(own.topics.clicks, b"kept")
-            assert each.flush(3) == 1
+        yield settings.model_copy(update={"kafka": its}), kafka
     finally:
         kafka.stop()
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_client_is_told_from_one_that_waits(own: tuple[Settings, KafkaServer]) -> None:
+    settings, kafka = own
+    ensure_topics(settings)
+    lost = _provoked(settings, kafka)
+    waiting = clients.producer(settings.kafka)
+
+    def is_lost(client: Client) -> bool:
+        return has_lost_brokers(client, settings.kafka, settings.topics.clicks)
+
+    assert not is_lost(waiting)
+    assert all(map(is_lost, lost))
+    kafka.stop()
+    assert not any(map(is_lost, (*lost, waiting)))
+    kafka.start()
+    assert not is_lost(waiting)
+    for each in lost:
+        each.produce(settings.topics.clicks, b"kept")
+        assert each.flush(3) == 1
 
 
 def _provoked(settings: Settings, kafka: KafkaServer) -> list[Producer]:
@@ -95,10 +108,62 @@ def _provoked(settings: Settings, kafka: KafkaServer) -> list[Producer]:
             time.sleep(0.5)
             kafka.stop()
         kafka.start()
-        lost = [each for each in producers if has_lost_brokers(each, settings.kafka)]
+        lost = [each for each in producers if has_lost_brokers(each, settings.kafka, topic)]
         if lost:
             return lost
     pytest.fail(f"no producer was lost in {ROUNDS} rounds: does librdkafka mend itself now?")
+
+
+def of_each_kind(settings: Settings) -> list[Client]:
+    return [
+        clients.producer(settings.kafka),
+        clients.consumer(settings.kafka, "group"),
+        clients.admin(settings.kafka),
+    ]
+
+
+def test_a_topic_that_is_asked_for_is_not_made(own: tuple[Settings, KafkaServer]) -> None:
+    settings, _ = own
+    for each in of_each_kind(settings):
+        assert not has_lost_brokers(each, settings.kafka, "missing")
+    # Without the setting of ours the same question makes it.
+    careless = Producer({"bootstrap.servers": settings.kafka.bootstrap_servers})
+    assert not has_lost_brokers(careless, settings.kafka, "made")
+    until(lambda: "made" in topics_of(settings), "the broker makes no topics")
+    assert "missing" not in topics_of(settings)
+
+
+def topics_of(settings: Settings) -> set[str]:
+    return set(clients.admin(settings.kafka).list_topics(timeout=10).topics)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The topics that new clients ask for, None for all."""
+    those: list[str | None] = []
+
+    def noting(kind: Any) -> Any:
+        def list_topics(self: Any, topic: str | None = None, timeout: float = -1.0) -> Any:
+            those.append(topic)
+            return kind.list_topics(self, topic, timeout=timeout)
+
+        return type(kind.__name__, (kind,), {"list_topics": list_topics})
+
+    for kind in (Producer, Consumer, AdminClient):
+        monkeypatch.setattr(clients, kind.__name__, noting(kind))
+    return those
+
+
+def test_one_topic_is_asked_for(settings: Settings, asked: list[str | None]) -> None:
+    for each in of_each_kind(settings):
+        assert not has_lost_brokers(each, settings.kafka, settings.topics.clicks)
+    assert asked == [settings.topics.clicks] * 3
+
+
+def test_a_new_client_is_asked_for_one_topic(settings: Settings, asked: list[str | None]) -> None:
+    away = settings.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
+    assert not has_lost_brokers(clients.consumer(away, "group"), away, settings.topics.clicks)
+    assert asked == [settings.topics.clicks] * 2
 
 
 # --- what is done about it
@@ -115,7 +180,7 @@ def taken_for_lost(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Clients put in here are taken for lost."""
     those: list[object] = []
 
-    def lost(client: Client, _settings: object) -> bool:
+    def lost(client: Client, _settings: object, _topic: str) -> bool:
         return any(client is each for each in those)
 
     for module in (lost_brokers, publisher, lag):
@@ -178,13 +243,17 @@ def test_a_member_with_another_consumer_goes_on(
     check(settings, events)
 
 
-def test_a_member_of_a_quiet_topic_keeps_its_consumer(small: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_of_a_quiet_topic_keeps_its_consumer_and_asks_for_one_of_its_topics(
+    small: Settings, monkeypatch: pytest.MonkeyPatch, asked: list[str | None]
+) -> None:
     monkeypatch.setattr(lost_brokers, "_PATIENCE_SECONDS", 0.1)
     with Member(small) as member:
         member.joined()
         consumer = member.loop._consumer
         time.sleep(2)
         assert member.loop._consumer is consumer
+        until(lambda: bool(asked), "it does not ask")
+        assert set(asked) == {small.topics.events[0]}
 
 
 def test_a_watch_whose_next_consumer_is_lost_before_it_watches_takes_a_third(

@@ -14,6 +14,7 @@ from innerloop.store.database import connect
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import Loop
 from innerloop.worker import pool, processes
+from innerloop.worker.health import Health
 
 
 @pytest.fixture
@@ -142,9 +143,13 @@ def test_a_claim_that_somebody_holds_up_holds_up_nobody_else(small: Settings) ->
                         until(lambda: ledger(small)[small.topics.clicks, number] == wanted, "others go on")  # noqa: B023
             time.sleep(2.0)
             assert not member.loop.joined
+            ready = Health(member.loop, 60.0, unclaimed=lambda: member.loop.unclaimed).ready
+            assert not ready.good
+            assert ready.why.startswith(f"Not claimed yet: {small.topics.clicks}[1] (A row stays locked: ")
             assert ledger(small)[stuck] == 10
         member.caught_up()
         assert member.loop.joined
+        assert member.loop.unclaimed is None
     engine.dispose()
     check(small, events)
     assert [line["event"] for line in lines if line["event"].startswith("paused")] == []

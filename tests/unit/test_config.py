@@ -162,6 +162,7 @@ def test_librdkafka_properties_pass_through_and_beat_ours(monkeypatch: pytest.Mo
         "partition.assignment.strategy",  # the loop assigns incrementally
         "partitioner",  # a user's requests and scores would be on another partition than the shop's clients say
         "transactional.id",
+        "allow.auto.create.topics",  # a topic asked for would be made as the broker likes, not as the catalogue says
     ],
 )
 def test_a_property_that_a_guarantee_rests_on_is_refused(name: str) -> None:

@@ -66,6 +66,10 @@ def test_it_is_ready_when_the_group_has_given_it_its_partitions(clock: Clock) ->
     health = Health(loop, 10.0, clock=clock)
     assert health.live.good
     assert not health.ready.good
+    assert health.ready.why == "The consumer group has not given this process its partitions yet."
+    health = Health(loop, 10.0, unclaimed=lambda: "Not claimed yet: clicks[1] (a lock).", clock=clock)
+    assert not health.ready.good
+    assert health.ready.why == "Not claimed yet: clicks[1] (a lock)."
     loop.joined = True
     assert health.ready.good
     clock.now = 11.0

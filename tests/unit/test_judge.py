@@ -221,6 +221,12 @@ ERASED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_who_came_back_and_lost_the_set_was_asked_for_all_the_same() -> None:
+    findings = judge(replace(with_an_erasure(), stored=evidence().stored), RULES).findings
+    assert "User w was asked for and has no support set." in findings
+    assert not any(finding.startswith("User v") for finding in findings)
+
+
 @pytest.mark.parametrize("wrong", ERASED)
 def test_what_is_left_of_the_erased_is_found(wrong: str) -> None:
     changed, finding = ERASED[wrong]

@@ -29,6 +29,9 @@ Transaction = Connection
 FROZEN_SECONDS = 20.0
 """A session that is in a transaction and says nothing for so long is ended by the server."""
 
+_LOCKED = "55P03"
+"""A lock that was not given in time."""
+
 # The same transaction may pass the next time: https://www.postgresql.org/docs/current/errcodes-appendix.html.
 _PASSING = {
     "25006",  # read-only: a standby, or a primary that has just become one
@@ -39,7 +42,7 @@ _PASSING = {
     "53200",  # out of memory
     "53300",  # too many connections
     "53400",  # a limit of the server's configuration
-    "55P03",  # lock timeout
+    _LOCKED,
     "57014",  # query cancelled
     "57P01",  # the server shuts down,
     "57P02",  # has crashed,
@@ -101,7 +104,8 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     except (DBAPIError, psycopg2.Error) as error:
         if is_passing(error):
             engine.dispose()
-            raise RetryError(f"The database is away: {_first_line(error)}") from error
+            what = "A row stays locked" if _code(error) == _LOCKED else "The database is away"
+            raise RetryError(f"{what}: {_first_line(error)}") from error
         if _code(error) == _NOT_ALLOWED:
             raise refusal(engine, error) from None
         raise

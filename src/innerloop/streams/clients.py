@@ -46,6 +46,7 @@ _RESERVED = {
     "request.required.acks": "a flush that is not replicated is no flush",
     "partitioner": "a user's records must share a partition",
     "transactional.id": "transactions are not used",
+    "allow.auto.create.topics": "a topic is made by `innerloop topics`, as its catalogue says",
 }
 
 # librdkafka itself does not say which file it misses.
@@ -91,6 +92,8 @@ def properties(settings: KafkaSettings, **own: Value) -> dict[str, Any]:
         "bootstrap.servers": settings.bootstrap_servers,
         "client.id": "innerloop",
         "topic.metadata.refresh.interval.ms": 30_000,
+        # Else a producer's or an admin client's mere question about a topic makes it, where the broker lets it.
+        "allow.auto.create.topics": False,
         # After a long outage the next attempt comes within this: the default of 10 s would add to the outage.
         "reconnect.backoff.max.ms": 1_000,
         "error_cb": Refusals(settings),

@@ -67,7 +67,7 @@ class LagReader:
     """Reads lag again and again, over open connections: about a millisecond a time where nothing lags."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._brokers = settings, BrokerCheck(settings.kafka)
+        self._settings, self._brokers = settings, BrokerCheck(settings.kafka, settings.topics.requests)
         self.admin: AdminClient = clients.admin(settings.kafka)
         """For who asks the broker more."""
         self._counts: dict[str, int] = {}
@@ -103,13 +103,13 @@ class LagReader:
 
     def _renew_what_is_lost(self) -> None:
         """Other clients for those that can do nothing any more."""
-        kafka = self._settings.kafka
-        if has_lost_brokers(self.admin, kafka):
+        kafka, topic = self._settings.kafka, self._settings.topics.requests
+        if has_lost_brokers(self.admin, kafka, topic):
             self.admin = clients.admin(kafka)
-        if has_lost_brokers(self._consumer, kafka):
+        if has_lost_brokers(self._consumer, kafka, topic):
             close(self._consumer)
             self._consumer = self._new_consumer()
-        for group in [group for group, each in self._of_groups.items() if has_lost_brokers(each, kafka)]:
+        for group in [group for group, each in self._of_groups.items() if has_lost_brokers(each, kafka, topic)]:
             close(self._of_groups.pop(group))
 
     def read(self, group: str, topics: Iterable[str]) -> list[PartitionLag]:

@@ -96,11 +96,12 @@ class Loop:
         self._own: dict[str, clients.Value] = {"auto_offset_reset": "error"}
         if instance is not None:
             self._own["group_instance_id"] = instance
-        self._settings, self._brokers = settings, BrokerCheck(settings)
+        self._settings, self._brokers = settings, BrokerCheck(settings, self._topics[0])
         self._generation = 0
         self._consumer = self._new_consumer()
         self._owned: set[Partition] = set()
         self._unclaimed: list[Partition] = []
+        self._unclaimed_why = ""
         self._claimed_at = 0.0
         """When it was last tried to claim them."""
         self._done: dict[Partition, int] = {}
@@ -122,6 +123,14 @@ class Loop:
     def joined(self) -> bool:
         """Whether the group has given it its partitions, none included, and all of them are claimed."""
         return self._joined and not self._unclaimed
+
+    @property
+    def unclaimed(self) -> str | None:
+        """Which partitions of this process it cannot claim yet, and why; safe to read from another thread."""
+        partitions = sorted(self._unclaimed)
+        if not partitions:
+            return None
+        return f"Not claimed yet: {', '.join(_names(partitions))} ({self._unclaimed_why})."
 
     @property
     def owned(self) -> frozenset[Partition]:
@@ -462,6 +471,7 @@ class Loop:
             self._resume()
 
     def _not_claimed(self, partitions: Sequence[Partition], error: Exception) -> None:
+        self._unclaimed_why = str(error).rstrip(".")
         self._claiming.goes_on(str(error), partitions=_names(partitions))
         metrics.PAUSES.inc()
         self._claimed_at = time.monotonic()

@@ -24,25 +24,28 @@ _CONNECT_SECONDS = 2.5
 """As long as any client that knows a broker needs: between two attempts lies `reconnect.backoff.max.ms`, a second."""
 
 
-def has_lost_brokers(client: Client, settings: KafkaSettings) -> bool:
+def has_lost_brokers(client: Client, settings: KafkaSettings, topic: str) -> bool:
     """Whether the cluster answers a new client and `client` knows no broker of it.
 
     Such a client has no connection, so nothing that it sent can arrive any more. Takes a round trip where all is well,
     1.5 s while the cluster is away. Asking also helps a client that is merely not connected: it connects.
+
+    What is asked for is `topic`, which need not exist and is not made by that: of all topics the answer may be large,
+    and every client of a quiet cluster asks. Name one that the client may describe, else the broker's log tells of it.
     """
-    if _has_broker(client, _LOOK_SECONDS):
+    if _has_broker(client, topic, _LOOK_SECONDS):
         return False
     try:
-        clients.admin(settings).list_topics(timeout=_ANSWER_SECONDS)
+        clients.admin(settings).list_topics(topic, timeout=_ANSWER_SECONDS)
     except KafkaException:
         return False
-    return not _has_broker(client, _CONNECT_SECONDS)
+    return not _has_broker(client, topic, _CONNECT_SECONDS)
 
 
-def _has_broker(client: Client, seconds: float) -> bool:
+def _has_broker(client: Client, topic: str, seconds: float) -> bool:
     """Whether it comes to have one within that time; whether that one answers is another matter."""
     try:
-        client.list_topics(timeout=seconds)
+        client.list_topics(topic, timeout=seconds)
     except KafkaException as error:
         code: int = error.args[0].code()
         return code != KafkaError._TRANSPORT  # noqa: SLF001 - librdkafka's own name
@@ -50,10 +53,10 @@ def _has_broker(client: Client, seconds: float) -> bool:
 
 
 class BrokerCheck:
-    """Asks for a client that only listens, when it has heard nothing for five seconds."""
+    """Asks for a client that only listens to `topic`, when it has heard nothing for five seconds."""
 
-    def __init__(self, settings: KafkaSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: KafkaSettings, topic: str) -> None:
+        self._settings, self._topic = settings, topic
         self._since = time.monotonic()
 
     def heard(self) -> None:
@@ -64,6 +67,6 @@ class BrokerCheck:
         """Whether it has lost its brokers; asks at most every five seconds."""
         if time.monotonic() - self._since < _PATIENCE_SECONDS:
             return False
-        lost = has_lost_brokers(client, self._settings)
+        lost = has_lost_brokers(client, self._settings, self._topic)
         self._since = time.monotonic()
         return lost

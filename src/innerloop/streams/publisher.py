@@ -33,6 +33,8 @@ class Publisher:
     def __init__(self, settings: KafkaSettings, **own: clients.Value) -> None:
         self._settings, self._own = settings, own
         self._failure: str | None = None
+        self._sent_to = ""
+        """The topic of the newest record."""
         self._producer: Any = clients.producer(settings, self._failed, **own)
 
     def _failed(self, error: KafkaError | None, message: Message) -> None:
@@ -52,7 +54,7 @@ class Publisher:
 
         Waits for room when the queue is full, and raises RetryError when there is none for 5 s.
         """
-        until = None
+        until, self._sent_to = None, topic
         while True:
             try:
                 self._producer.produce(topic, value, key, partition=partition, headers=headers)
@@ -91,7 +93,7 @@ class Publisher:
 
     def _renew_if_lost(self) -> None:
         """What a lost producer holds goes with it: whoever is told of a RetryError sends it again."""
-        if has_lost_brokers(self._producer, self._settings):
+        if has_lost_brokers(self._producer, self._settings, self._sent_to):
             self._producer = clients.producer(self._settings, self._failed, **self._own)
             self._failure = None
             _LOG.warning("producer made anew", why=WHY)

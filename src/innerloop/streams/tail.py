@@ -26,7 +26,7 @@ class Tail:
             queued_max_messages_kbytes=8_192,
             enable_partition_eof=True,
         )
-        self._brokers = BrokerCheck(settings.kafka)
+        self._brokers = BrokerCheck(settings.kafka, topic)
         self._behind = set(range(count))
         try:
             self._consumer.assign([self._place(number, last) for number in range(count)])

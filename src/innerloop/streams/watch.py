@@ -66,7 +66,7 @@ class OutputWatch:
     def __init__(self, settings: KafkaSettings, *, group: str, topics: Sequence[str]) -> None:
         self._settings, self._topics, self._group = settings, topics, group
         self._blind = Waiting("score topics not watched")
-        self._brokers = BrokerCheck(settings)
+        self._brokers = BrokerCheck(settings, topics[0])
         self._consumer = self._new_consumer()
         self._unwatched: list[int] = []
         """What a consumer watched that is no more, and no other does yet."""

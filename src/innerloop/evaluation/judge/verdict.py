@@ -121,7 +121,7 @@ def judge(evidence: Evidence, rules: Rules) -> Verdict:
     verdict.take(judged_writes(evidence.writes))
     verdict.take(_judged_letters(evidence.dead_letters, oracle, verdict.counts))
     verdict.take(_judged_accounts(verdict.counts))
-    requests = _judged_requests(evidence.requests, evidence.partitions, finals, verdict.counts, oracle.asked)
+    requests = _judged_requests(evidence, finals, verdict.counts, erased=oracle.asked, gone=gone)
     verdict.take(requests)
     epochs = {row.partition: row.epoch for row in ledger if row.topic == evidence.requests_topic}
     for model, records in evidence.scores.items():
@@ -258,22 +258,24 @@ def _said(letter: Record, name: str) -> str:
 
 
 def _judged_requests(
-    requests: Iterable[Record],
-    partitions: int,
+    evidence: Evidence,
     finals: Mapping[str, Final],
     counts: Counter[str],
+    *,
     erased: Collection[str],
+    gone: Collection[str],
 ) -> Iterator[str]:
+    """`erased` are all whom erasures name, `gone` those of them who did nothing later."""
     told: set[str] = set()
     highest: dict[str, AdaptationRequest] = {}
     decode = msgspec.json.Decoder(AdaptationRequest).decode
-    for record in requests:
+    for record in evidence.requests:
         counts["requests"] += 1
         request = decode(record.value or b"")
         where = f"{record.topic}[{record.partition}]@{record.offset}"
         if record.key != request.user_id.encode():
             yield f"{where}: the key of user {request.user_id}'s request is not theirs."
-        if record.partition != (own := partition_of(request.user_id.encode(), partitions)):
+        if record.partition != (own := partition_of(request.user_id.encode(), evidence.partitions)):
             yield f"{where}: user {request.user_id} belongs on partition {own}."
         if request.erased:
             told.add(request.user_id)
@@ -282,7 +284,6 @@ def _judged_requests(
             highest[request.user_id] = request
     for user in sorted(set(erased) - told):
         yield f"User {user} was erased, and no request says so."
-    gone = set(erased) - finals.keys()  # the last request of who came back is of what they did since
     yield from _judged_highest({user: highest[user] for user in highest.keys() - gone}, finals)
 
 
