@@ -81,10 +81,11 @@ def main() -> None:
     with_category = history.join(items.select("item_id", "category").unique("item_id"), on="item_id", how="left")
     with_category = with_category.sort("event_time", maintain_order=True)
     of_item = dict(items.select("item_id", "category").iter_rows())
-    categories = [of_item.get(item) for item in held]
+    categories: list[str | None] = [of_item.get(item) for item in held]
+    none: list[str | None] = [None] * len(held)
     table = Table("known by", "HR@20", "HR@50", "mean rank", title=f"{len(asked)} events of {len(held)} items held out")
     for name, past, described, names in (
-        ("identifier", history, None, [None] * len(held)),
+        ("identifier", history, None, none),
         ("category", with_category, None, categories),
         ("all that is said", with_category, items, categories),
     ):
