@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -52,7 +53,7 @@ def letter(
 ) -> Record:
     said = {"topic": topic, "partition": "0", "offset": str(of), "exception.class.name": f"innerloop.{reason}"}
     added = tuple((f"__connect.errors.{name}", text.encode()) for name, text in said.items())
-    return replace(record(DEAD, offset, value), headers=(*headers, *added))
+    return msgspec.structs.replace(record(DEAD, offset, value), headers=(*headers, *added))
 
 
 def request(offset: int, version: int, at: int, user: str = "u") -> Record:
@@ -119,7 +120,7 @@ def told(offset: int, version: int, user: str) -> Record:
 
 
 def list_of(user: str, *what: int) -> Record:
-    return replace(listed(*what, user_id=user), key=user.encode())
+    return msgspec.structs.replace(listed(*what, user_id=user), key=user.encode())
 
 
 def with_an_erasure() -> Evidence:
@@ -320,7 +321,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "User u's last recommendations begin with [('a', 0.5), ('b', 0.25)], and release 1 makes [('b', 1.0), ",
     ),
     "an epoch nobody had": ({"scores": {"recommendations": [listed(0, 2, 2, 3, epoch=3)]}}, "written under epoch 3"),
-    "no epoch": ({"scores": {"recommendations": [replace(LAST, headers=())]}}, "written under epoch None"),
+    "no epoch": (
+        {"scores": {"recommendations": [msgspec.structs.replace(LAST, headers=())]}},
+        "written under epoch None",
+    ),
     "another user's list": ({"scores": {"recommendations": [listed(0, 2, 2, 3, user_id="v")]}}, "is of v and model"),
     "a tombstone": (
         {"scores": {"recommendations": [record(LISTS, 0, None)]}},

@@ -1,9 +1,9 @@
 """What one poll brought, by column: the processors work on lists, not on messages."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 from confluent_kafka import Message
 
 from innerloop.tracing import newest_parents
@@ -12,8 +12,7 @@ Partition = tuple[str, int]
 """(topic, partition)"""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One record with everything a dead letter repeats."""
 
     topic: str
@@ -27,8 +26,8 @@ class Record:
 
 def record_of(message: Message) -> Record:
     """What a message that is no error brought."""
-    headers = message.headers() or []
-    pairs = tuple((str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers)
+    headers = message.headers() or ()
+    pairs = tuple([(str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers])
     return Record(
         topic=message.topic() or "",
         partition=message.partition() or 0,

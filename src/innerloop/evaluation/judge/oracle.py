@@ -6,9 +6,10 @@ judges: dicts, sorted lists and the standard library's JSON.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import xxhash
@@ -25,8 +26,6 @@ _IMPRESSION = 5
 _CODES = {"click": 1, "cart": 2, "favorite": 3, "purchase": 4, "impression": _IMPRESSION}
 _MOST_ERASED_CHARACTERS, _LATEST_EVER = 256, 2**53
 _REQUIRED = ("event_id", "user_id", "item_id")
-_IDENTIFIERS = ("category", "ad_id")
-_NUMBERS = ("price", "quantity", "value")
 _MOST_BYTES = 256
 _EARLIER = 4
 
@@ -92,7 +91,8 @@ class Oracle:
             self._refuse(record, reason)
             return
         shown = example[3] == _IMPRESSION
-        task = (self._shown if shown else self._tasks).setdefault(user, Task())
+        tasks = self._shown if shown else self._tasks
+        task = tasks.get(user) or tasks.setdefault(user, Task())
         if example[1] in task.ids:
             self.duplicates += 1
             return
@@ -207,7 +207,7 @@ def _json(value: bytes | None) -> Any:
     if not value:
         raise Poison("undecodable")
     try:
-        return json.loads(value.decode(), parse_constant=_refused)
+        return _decode(value.decode())
     except (ValueError, RecursionError):
         raise Poison("undecodable") from None
 
@@ -216,12 +216,14 @@ def _refused(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
+_decode = json.JSONDecoder(parse_constant=_refused).decode
+
+
 def _identified(event: dict[str, Any]) -> bool:
-    optional = all(event.get(name) is None or _is_identifier(event[name]) for name in _IDENTIFIERS)
-    session, currency = event.get("session_id"), event.get("currency")
-    texts = (session is None or (_is_text(session))) and (currency is None or isinstance(currency, str))
-    numbers = all(event.get(name) is None or _is_number(event[name]) for name in _NUMBERS)
-    return optional and texts and numbers and all(_is_identifier(event.get(name)) for name in _REQUIRED)
+    for name in _REQUIRED:
+        if not _is_identifier(event.get(name)):
+            return False
+    return all(event[name] is None or _OPTIONAL[name](event[name]) for name in event.keys() & _OPTIONAL.keys())
 
 
 def _is_identifier(value: object) -> bool:
@@ -229,11 +231,28 @@ def _is_identifier(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value and len(value.encode(errors="replace")) <= _MOST_BYTES
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return 4 * len(value) <= _MOST_BYTES or len(value.encode(errors="replace")) <= _MOST_BYTES
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_OPTIONAL: dict[str, Callable[[object], bool]] = {
+    "category": _is_identifier,
+    "ad_id": _is_identifier,
+    "session_id": _is_text,
+    "currency": _is_string,
+    "price": _is_number,
+    "quantity": _is_number,
+    "value": _is_number,
+}
 
 
 def _time_ms(value: object) -> int | None:
@@ -253,6 +272,7 @@ def _time_ms(value: object) -> int | None:
     return (since.days * 86_400 + since.seconds) * 1_000 + since.microseconds // 1_000
 
 
+@cache
 def partition_of(key: bytes, partitions: int) -> int:
     """Where Kafka's default partitioner puts a key: murmur2, as in `org.apache.kafka.common.utils.Utils`."""
     factor, mask = 0x5BD1E995, 0xFFFFFFFF

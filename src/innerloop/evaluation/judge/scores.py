@@ -5,11 +5,12 @@ state. In between a record may be older than one before it in a single case: two
 lost the partition and slept. The epochs in the headers tell: records of one key and one epoch never go back.
 """
 
-import json
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from innerloop.evaluation.judge.oracle import partition_of
 from innerloop.streams.batch import Record
@@ -19,19 +20,23 @@ Order = tuple[int, int]
 """(model_version, support_version)"""
 
 _KEPT = 6
+_decode = msgspec.json.Decoder().decode
 _SCORE_TOLERANCE = 1e-4
 
 
 @dataclass
 class _Key:
-    """What is known of one key so far; `epochs` are those under which the highest order was written."""
+    """What is known of one key so far; `epochs` are those under which the highest order was written.
+
+    Records are kept as they came: decoded they would take five times the memory, and more time than decoding again.
+    """
 
     highest: Order = (-1, -1)
     epochs: set[int | None] = field(default_factory=set)
     highest_offset: int = -1
-    last: dict[str, Any] = field(default_factory=dict)
+    last: bytes = b""
     last_offset: int = -1
-    contents: deque[tuple[tuple[int, ...], dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    contents: deque[tuple[tuple[int, ...], bytes]] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
 
 @dataclass(frozen=True)
@@ -64,50 +69,54 @@ class ScoreJudge:
     def see(self, record: Record) -> Iterator[str]:
         """Take the next record of the topic in; yields findings."""
         self.records += 1
-        where = f"{record.topic}[{record.partition}]@{record.offset}"
         user = _user(record)
         if record.key is None or (record.value is None and user not in self._erased):
-            yield f"{where}: a score record without key or value, and user {user} was not erased."
+            yield f"{_where(record)}: a score record without key or value, and user {user} was not erased."
             return
-        key = self._keys.setdefault(user, _Key())
+        key = self._keys.get(user) or self._keys.setdefault(user, _Key())
         if record.value is None:
-            key.last, key.last_offset = {}, record.offset
+            key.last, key.last_offset = b"", record.offset
             return
-        said, epoch = json.loads(record.value), _epoch(record)
+        said, epoch = _decode(record.value), _epoch(record)
         if record.partition != (own := partition_of(record.key, self._partitions)):
-            yield f"{where}: user {user} belongs on partition {own}."
+            yield f"{_where(record)}: user {user} belongs on partition {own}."
         if said["user_id"] != user or said["model"] != self._model:
-            yield f"{where}: the record under the key {user} is of {said['user_id']} and model {said['model']}."
+            whose = f"{said['user_id']} and model {said['model']}"
+            yield f"{_where(record)}: the record under the key {user} is of {whose}."
         if epoch is None or epoch > self._epochs.get(record.partition, 0):
-            yield f"{where}: user {user}'s record was written under epoch {epoch}, which nobody has had."
-        if user not in self._gone:
-            yield from self._order(record, key, (said["model_version"], said["support_version"]), epoch)
-        yield from self._content(where, user, key, said)
-        key.last, key.last_offset = said, record.offset
+            yield f"{_where(record)}: user {user}'s record was written under epoch {epoch}, which nobody has had."
+        order = said["model_version"], said["support_version"]
+        if user not in self._gone and (finding := self._order(record, key, order, epoch)):
+            yield finding
+        if finding := self._content(record, key, said):
+            yield finding
+        key.last, key.last_offset = record.value, record.offset
 
-    def _order(self, record: Record, key: _Key, order: Order, epoch: int | None) -> Iterator[str]:
+    def _order(self, record: Record, key: _Key, order: Order, epoch: int | None) -> str | None:
         if order < key.highest:
             self.older += 1
-            if epoch in key.epochs:
-                yield (
-                    f"{record.topic}[{record.partition}]@{record.offset}: user {_user(record)}'s version goes back from"
-                    f" {key.highest} (offset {key.highest_offset}) to {order}, both written under epoch {epoch}."
-                )
-            return
+            if epoch not in key.epochs:
+                return None
+            return (
+                f"{_where(record)}: user {_user(record)}'s version goes back from {key.highest}"
+                f" (offset {key.highest_offset}) to {order}, both written under epoch {epoch}."
+            )
         if order > key.highest:
             key.epochs = set()
         key.highest, key.highest_offset = order, record.offset
         key.epochs.add(epoch)
+        return None
 
-    def _content(self, where: str, user: str, key: _Key, said: dict[str, Any]) -> Iterator[str]:
+    def _content(self, record: Record, key: _Key, said: dict[str, Any]) -> str | None:
         mark = content_key(said)
-        before = next((content for known, content in key.contents if known == mark), None)
+        before = next((content for known, content in reversed(key.contents) if known == mark), None)
         if before is None:
-            key.contents.append((mark, said))
-            return
+            key.contents.append((mark, record.value or b""))
+            return None
         self.repeats += 1
-        if not same_content(before, said):
-            yield f"{where}: user {user} has two different {self._model} of the same versions {mark}."
+        if same_content(_decode(before), said):
+            return None
+        return f"{_where(record)}: user {_user(record)} has two different {self._model} of the same versions {mark}."
 
     def final(self, wanted: Mapping[str, Final]) -> Iterator[str]:
         """Compare the end of the topic with what it must be; yields findings."""
@@ -127,7 +136,7 @@ class ScoreJudge:
         if key is None:
             yield f"User {user} has events and no {self._model}; its support set is at {final.support_version}."
             return
-        said, version = key.last, key.highest[1]
+        said, version = self.last(user), key.highest[1]
         last = f"User {user}'s last record of {self._model} (offset {key.last_offset})"
         if version != final.support_version:
             yield (
@@ -149,7 +158,9 @@ class ScoreJudge:
 
     def last(self, user: str) -> dict[str, Any]:
         """The user's last record; empty where there is none."""
-        return self._keys[user].last if user in self._keys else {}
+        last = self._keys[user].last if user in self._keys else b""
+        said: dict[str, Any] = _decode(last) if last else {}
+        return said
 
 
 def content_key(said: Mapping[str, Any]) -> tuple[int, ...]:
@@ -167,13 +178,17 @@ def same_content(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     for name in ("support_size", "event_time", "method"):
         if one[name] != other[name]:
             return False
-    return same_list(listed(one), listed(other))
+    return _entries(one) == _entries(other) or same_list(listed(one), listed(other))
 
 
 def listed(said: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The entries of a record with their scores."""
-    entries = said["items"] if said["model"] == "recommendations" else said["ads"]
-    return [(entry.get("ad_id", entry["item_id"]), entry["score"]) for entry in entries]
+    return [(entry.get("ad_id", entry["item_id"]), entry["score"]) for entry in _entries(said)]
+
+
+def _entries(said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = said["items"] if said["model"] == "recommendations" else said["ads"]
+    return found
 
 
 def same_list(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> bool:
@@ -187,6 +202,10 @@ def same_list(one: list[tuple[str, float]], other: list[tuple[str, float]]) -> b
     known = all(abs(scores.get(name, lowest) - score) <= 2 * _SCORE_TOLERANCE for name, score in other)
     ranked = all(abs(mine[1] - theirs[1]) <= _SCORE_TOLERANCE for mine, theirs in zip(one, other, strict=True))
     return ranked and known and all(name in others or score <= lowest for name, score in one)
+
+
+def _where(record: Record) -> str:
+    return f"{record.topic}[{record.partition}]@{record.offset}"
 
 
 def _user(record: Record) -> str:

@@ -229,8 +229,7 @@ def _judged_letters(letters: Iterable[Record], oracle: Oracle, counts: Counter[s
     missing = dict(oracle.poison)
     for letter in letters:
         counts["dead_letters"] += 1
-        where = f"{letter.topic}[{letter.partition}]@{letter.offset}"
-        place = _place(letter)
+        where, place = _where(letter), _place(letter)
         wanted = oracle.poison.get(place) if place else None
         if place is None or wanted is None:
             yield f"{where}: a dead letter of {place}, which is no bad record."
@@ -246,6 +245,10 @@ def _judged_letters(letters: Iterable[Record], oracle: Oracle, counts: Counter[s
             yield f"{where}: the dead letter of {place} says {reason}, and it is {wanted.reason}."
     for topic, partition, offset in sorted(missing):
         yield f"{topic}[{partition}]@{offset} is a bad record and was never dead-lettered."
+
+
+def _where(record: Record) -> str:
+    return f"{record.topic}[{record.partition}]@{record.offset}"
 
 
 def _place(letter: Record) -> Place | None:
@@ -272,11 +275,11 @@ def _judged_requests(
     for record in evidence.requests:
         counts["requests"] += 1
         request = decode(record.value or b"")
-        where = f"{record.topic}[{record.partition}]@{record.offset}"
-        if record.key != request.user_id.encode():
-            yield f"{where}: the key of user {request.user_id}'s request is not theirs."
-        if record.partition != (own := partition_of(request.user_id.encode(), evidence.partitions)):
-            yield f"{where}: user {request.user_id} belongs on partition {own}."
+        key = request.user_id.encode()
+        if record.key != key:
+            yield f"{_where(record)}: the key of user {request.user_id}'s request is not theirs."
+        if record.partition != (own := partition_of(key, evidence.partitions)):
+            yield f"{_where(record)}: user {request.user_id} belongs on partition {own}."
         if request.erased:
             told.add(request.user_id)
         known = highest.get(request.user_id)
