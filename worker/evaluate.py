@@ -142,6 +142,7 @@ def stream(  # noqa: PLR0917 - options by name
     seed: Seed = 0,
     preset: Annotated[str | None, typer.Option(help="globo or taobao: the options below, bundled.")] = None,
     history: Annotated[Path | None, typer.Option(help="Earlier events to train on and warm up with.")] = None,
+    items: Annotated[Path | None, typer.Option(help="A file of what is said of items, as for train.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Type of event to foresee; may be given again.")] = None,
     remove_seen: Annotated[bool | None, typer.Option(help="Leave out what the user has had an event with.")] = None,
     within_session: Annotated[bool | None, typer.Option(help="Ask only inside a session.")] = None,
@@ -172,7 +173,7 @@ def stream(  # noqa: PLR0917 - options by name
     )
     job = _Job("stream", data, report, draws, seed)
     live = _live(rate) if through_kafka else None
-    job.judge(lambda tell: stream.run(data, options, history=history, seed=seed, tell=tell, live=live))
+    job.judge(lambda tell: stream.run(data, options, history=history, items=items, seed=seed, tell=tell, live=live))
 
 
 def _live(rate: float) -> "Live":

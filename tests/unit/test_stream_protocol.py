@@ -286,6 +286,17 @@ def test_of_a_history_only_what_is_earlier_than_the_data_is_learned_from(events:
         run(data, options, history=data, tell=_quiet)
 
 
+@pytest.mark.usefixtures("_no_others")
+def test_what_is_said_of_items_is_known_to_the_release_that_serves(events: pl.DataFrame, tmp_path: Path) -> None:
+    kinds = events.select("item_id", text=pl.col("category") + " thing").unique("item_id", maintain_order=True)
+    kinds.write_parquet(tmp_path / "items.parquet")
+    bare, options = _write(tmp_path, events.drop("category")), replace(OPTIONS, every=20)
+    told = run(bare, options, items=tmp_path / "items.parquet", tell=_quiet)
+    earlier = events.head(round(events.height * options.warm_up_share))["item_id"].n_unique()
+    assert told.facts["described_items"] == kinds.height - earlier > 0
+    assert run(bare, options, tell=_quiet).facts["described_items"] == 0
+
+
 # --- through Kafka
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.item_table import read_items
 from innerloop.evaluation.metrics import hit_rate, reciprocal_rank
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.stream.arms import StreamArm
@@ -75,11 +76,14 @@ def run(
     options: StreamOptions,
     *,
     history: Path | None = None,
+    items: Path | None = None,
     seed: int = 0,
     tell: Tell,
     live: Live | None = None,
 ) -> Outcome:
     """Train on what is before the first moment asked for, then ask every arm at every moment. Raises SettingsError.
+
+    `items` is a file of what the shop says of its items: of those to come, too, as its catalogue does.
 
     `live` sends the same events through the service and tells the ranks on the lists that came back. Both then keep to
     the first release, so that what differs is the way and not the model.
@@ -90,7 +94,7 @@ def run(
     log = stream_of(table.events, seed=seed)
     start = table.own_from if history is not None else _warm_up(log, options)
     rows = moments(log, options, start)
-    school = School(table.events, options, seed)
+    school = School(table.events, options, seed, None if items is None else read_items(items))
     release = school.release(start, lambda what, share: tell(what, 0.2 * share))
     served = Served(log, school, release, options)
     answers = served.answers(rows, seed=seed, tell=lambda share: tell("ours", 0.2 + 0.4 * share))
@@ -101,6 +105,7 @@ def run(
     facts: dict[str, object] = {
         "trained_on": release.card.data.events,
         "trained_again": served.trained_again,
+        "described_items": len(release.encoder.described_ids),
         "warm_up": f"the {start} events of --history" if history is not None else start,
         "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
     }

@@ -29,14 +29,13 @@ _HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
 
 
 class School:
-    """Trains releases on what has happened, as `innerloop train` does every night."""
+    """Trains releases on what has happened, and on what is said of items, as `innerloop train` does every night."""
 
-    def __init__(self, events: pl.DataFrame, options: StreamOptions, seed: int) -> None:
-        self._events, self._options, self._settings = (
-            events,
-            options,
-            LearningSettings(seed=seed, sequence=options.sequence),
-        )
+    def __init__(
+        self, events: pl.DataFrame, options: StreamOptions, seed: int, items: pl.DataFrame | None = None
+    ) -> None:
+        self._events, self._options, self._items = events, options, items
+        self._settings = LearningSettings(seed=seed, sequence=options.sequence)
 
     def release(self, upto: int, tell: Tell = lambda _what, _share: None) -> Release:
         """A release of the newest events that are earlier than row `upto`."""
@@ -46,6 +45,7 @@ class School:
             weights=SupportSettings().weights,
             capacity=self._options.capacity,
             version=1,
+            items=self._items,
             progress=tell,
         )
 
