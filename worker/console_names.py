@@ -66,8 +66,8 @@ class Names:
             return f"{self._why} Names are as they were." if self._why else ""
         why = self._why or f"Topic {self._topic} holds no names."
         return (
-            f"Items are shown by their ids. {why} For names the shop writes its items to {self._topic}: see Naming"
-            " items in schemas/README.md."
+            f"Items are shown by their ids. {why} For names the shop writes its items to {self._topic}: see"
+            " Describing items in schemas/README.md."
         )
 
     def _bound(self) -> str:

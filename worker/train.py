@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import polars as pl
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -14,7 +15,7 @@ from innerloop.config import Settings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
 from innerloop.evaluation.item_table import read_items
-from innerloop.learning.described import COLUMNS
+from innerloop.events import IMPRESSION
 from innerloop.learning.processes import from_first, join_processes, leave_processes, processes, rank
 from innerloop.learning.releases import Release, save
 from innerloop.learning.sequence_training import forget_checkpoint
@@ -25,6 +26,8 @@ from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import require_topics
 
 from .train_items import items_on_topic
+
+_LOG = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,15 @@ def _history(engine: Database, source: Source) -> pl.DataFrame:
 
 def _items(settings: Settings, source: Source, events: pl.DataFrame) -> pl.DataFrame:
     """What is said of items; an empty table where nothing is."""
-    if source.items is not None:
-        return read_items(source.items)
-    found = items_on_topic(settings, set(events["item_id"]))
-    return pl.DataFrame(schema=COLUMNS) if found is None else found
+    met = set(events.filter(pl.col("event_type") != IMPRESSION)["item_id"])
+    items = items_on_topic(settings, met) if source.items is None else read_items(source.items)
+    known = sum(item in met for item in items["item_id"])
+    if len(items):
+        _LOG.info("items are described", met=known, others=len(items) - known)
+    if source.items is not None and not known:
+        example = f"{next(iter(items['item_id']), 'none')} there and {next(iter(met), 'none')} here"
+        raise SettingsError(f"{source.items} describes no item that anybody met ({example}): compare the identifiers.")
+    return items
 
 
 def _agreed_on(read: Callable[[], pl.DataFrame]) -> pl.DataFrame:

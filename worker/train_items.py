@@ -6,67 +6,67 @@ import polars as pl
 import structlog
 
 from innerloop.config import Settings
-from innerloop.errors import DeadLetterError, ServiceError
+from innerloop.errors import DeadLetterError
 from innerloop.learning.described import COLUMNS
 from innerloop.shop_items import decode_item
 from innerloop.streams.batch import Record
-from innerloop.streams.topics import require_topics
+from innerloop.streams.topics import existing
 from innerloop.streams.whole_topic import whole_topic
 
 _LOG = structlog.get_logger(__name__)
+_Said = tuple[int, str | None, float | None, str]
+"""When, the category, the price and the name."""
 
 
-def items_on_topic(settings: Settings, met: Container[str]) -> pl.DataFrame | None:
-    """What the topic says of the items that were `met`, and of `learning.described_items` others.
+def items_on_topic(settings: Settings, met: Container[str]) -> pl.DataFrame:
+    """What the topic says of the items that were `met`, and of the newest `learning.described_items` others.
 
-    None where there is no topic that can be read, or nothing on it: training goes on without. Raises RetryError when
-    the broker falls silent on the way.
+    An empty table where there is no such topic. Raises ServiceError or RetryError when there is one and it cannot be
+    read: a release that does without what is known would be a worse one, and nobody would see why.
     """
     topic = settings.topics.items
-    try:
-        require_topics(settings, [topic])
-    except ServiceError as error:
-        _LOG.info("items are not described", why=str(error))
-        return None
+    if not existing(settings, [topic]):
+        _LOG.info("items are not described", why=f"Topic {topic} does not exist: `innerloop topics` makes it.")
+        return pl.DataFrame(schema=COLUMNS)
     found = _Found(met, settings.learning.described_items)
     for record in whole_topic(settings, topic):
         found.take(record)
     if found.skipped:  # once: there may be many
         _LOG.warning("no items", topic=topic, skipped=found.skipped, why=found.last_skipped)
-    if found.left_out:
-        _LOG.warning("items left out", items=found.left_out, why="learning.described_items allows no more")
     return found.table()
 
 
 class _Found:
-    """The newest of each item's records; of the items that nobody met at most `most`."""
+    """The newest of each item's records; of the items that nobody met about `most`, at any time."""
 
     def __init__(self, met: Container[str], most: int) -> None:
-        self._met, self._room = met, most
-        self._rows: dict[str, tuple[str | None, float | None, str]] = {}
-        self.left_out = self.skipped = 0
-        self.last_skipped = ""
+        self._met, self._most = met, most
+        self._of_met: dict[str, _Said] = {}
+        self._others: dict[str, _Said] = {}
+        self.skipped, self.last_skipped = 0, ""
 
     def take(self, record: Record) -> None:
         if record.value is None:
-            self._forget((record.key or b"").decode(errors="replace"))
+            gone = (record.key or b"").decode(errors="replace")
+            self._of_met.pop(gone, None)
+            self._others.pop(gone, None)
             return
         try:
             item = decode_item(record.key, record.value)
         except DeadLetterError as error:
             self.skipped, self.last_skipped = self.skipped + 1, str(error)
             return
-        if item.item_id not in self._rows and item.item_id not in self._met:
-            if not self._room:
-                self.left_out += 1
-                return
-            self._room -= 1
-        self._rows[item.item_id] = item.category, item.price, item.name
+        rows = self._of_met if item.item_id in self._met else self._others
+        rows[item.item_id] = record.timestamp_ms, item.category, item.price, item.name
+        if len(self._others) > 2 * self._most:
+            self._others = self._newest()
 
-    def _forget(self, item_id: str) -> None:
-        if self._rows.pop(item_id, None) is not None and item_id not in self._met:
-            self._room += 1
+    def _newest(self) -> dict[str, _Said]:
+        by_age = sorted(self._others.items(), key=lambda row: (-row[1][0], row[0]))
+        if len(by_age) > self._most:
+            _LOG.info("the oldest are left out", most=self._most, setting="learning.described_items")
+        return dict(by_age[: self._most])
 
-    def table(self) -> pl.DataFrame | None:
-        rows = [(item, *said) for item, said in sorted(self._rows.items())]
-        return pl.DataFrame(rows, schema=COLUMNS, orient="row") if rows else None
+    def table(self) -> pl.DataFrame:
+        rows = [(item, *said[1:]) for item, said in [*sorted(self._of_met.items()), *self._newest().items()]]
+        return pl.DataFrame(rows, schema=COLUMNS, orient="row")

@@ -78,7 +78,9 @@ def main() -> None:
     of_held = pl.col("item_id").is_in(held)
     history = events.filter(~of_held)
     asked = events.filter(of_held & pl.col("user_id").is_in(history["user_id"].unique().to_list()))
-    with_category = history.join(items.select("item_id", "category").unique("item_id"), on="item_id", how="left")
+    with_category = history.join(
+        items.select("item_id", "category").unique("item_id", keep="last"), on="item_id", how="left"
+    )
     with_category = with_category.sort("event_time", maintain_order=True)
     of_item = dict(items.select("item_id", "category").iter_rows())
     categories: list[str | None] = [of_item.get(item) for item in held]

@@ -58,6 +58,7 @@ from innerloop.worker import console_names
 from innerloop.worker.cli import app
 from innerloop.worker.console_names import Names
 from innerloop.worker.demo_names import publish_items
+from innerloop.worker.train_items import items_on_topic
 
 CANARIES = (PASSWORD, KEY_PASSWORD, "canary-of-an-ssl-password")
 
@@ -255,6 +256,28 @@ def test_names_that_may_not_be_read_are_ids_and_the_console_says_why(
             secured.kafka.no_longer(AclBindingFilter(*rule))
     wait_for(lambda: turned("") and names.of(["a"]) == {"a": "A name"} and names.notice == "")
     names.close()
+
+
+def test_a_catalogue_that_may_not_be_read_stops_training_with_a_sentence(secured: Secured) -> None:
+    settings = secured.settings()
+    publish_items(secured.settings(SHOP), [Item("a", "A name")])
+    place = (ResourceType.TOPIC, settings.topics.items, ResourcePatternType.LITERAL)
+
+    def says(sentence: str) -> bool:
+        try:
+            items_on_topic(settings, set())
+        except ServiceError as error:
+            return sentence in str(error)
+        return False
+
+    for operation, sentence in ((AclOperation.READ, "OPERATIONS.md"), (AclOperation.ALL, "authorization failed")):
+        rule = (*place, f"User:{USER}", "*", operation, AclPermissionType.DENY)
+        secured.kafka.allow([AclBinding(*rule)])
+        try:
+            wait_for(lambda sentence=sentence: says(sentence))  # type: ignore[misc]
+        finally:
+            secured.kafka.no_longer(AclBindingFilter(*rule))
+    wait_for(lambda: not says("authorization failed"))
 
 
 def test_migrate_is_for_the_owner_alone(shell: Shell) -> None:

@@ -1,20 +1,27 @@
 """What a shop says of items that nobody has met, and the vectors that they get by it."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import safetensors.torch
+import scipy.linalg
 import torch
+from numpy.typing import NDArray
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.item_table import read_items
 from innerloop.learning import described as subject
-from innerloop.learning.described import COLUMNS, Described, with_described, worth_of_content
-from innerloop.learning.encoder import FIXED, Encoder, signatures
+from innerloop.learning.described import COLUMNS, Described
+from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, signatures
+from innerloop.learning.episodes import log_of
 from innerloop.learning.releases import Release, load, save
+from innerloop.learning.sequence_training import Recipe, Taught, continue_learning, learn_sequences
 from innerloop.learning.training import train
 
 COLOURS = ("red", "green", "blue", "black")
@@ -62,9 +69,14 @@ def release() -> Release:
     return trained(items(), "pooled")
 
 
-def encoder_of(count: int = 120, dimension: int = 8) -> Encoder:
+def with_described(encoder: Encoder, described: Described) -> Encoder:
+    return subject.with_described(encoder, described, most=1_000)[0]
+
+
+def encoder_of(count: int = 120, dimension: int = 8, seed: int = 0) -> Encoder:
     """The first items of `items` with random tastes."""
-    taste = torch.nn.functional.normalize(torch.randn(count, dimension - FIXED, generator=torch.Generator()), dim=1)
+    drawn = torch.Generator().manual_seed(seed)
+    taste = torch.nn.functional.normalize(torch.randn(count, dimension - FIXED, generator=drawn), dim=1)
     vectors = torch.cat([taste, torch.zeros(count, 1), torch.ones(count, 1)], 1)
     ids = items()["item_id"].to_list()[:count]
     return Encoder(ids, vectors, [], torch.zeros(0, dimension - FIXED), torch.full((count,), -1))
@@ -106,6 +118,7 @@ def test_an_unmet_item_lies_with_those_that_its_name_is_like(release: Release) -
     assert vectors[:, -FIXED:].tolist() == [[0.0, 1.0]] * len(unmet)
     metrics = release.card.metrics
     assert metrics["content_explains"] > 0.3 > metrics["category_explains"]
+    assert metrics["content_used"] == 1.0
 
 
 def test_the_sequence_model_knows_an_unmet_item_by_its_content(release: Release) -> None:
@@ -127,14 +140,85 @@ def test_descriptions_that_tell_no_more_than_the_category_are_left_out() -> None
     assert torch.equal(told.item_vectors, plain.item_vectors)
     asked = ["i130", "i131"]
     assert torch.equal(told.vectors_for(asked, ["things", None]), plain.vectors_for(asked, ["things", None]))
-    assert told.card.metrics["content_explains"] <= max(0.0, told.card.metrics["category_explains"])
-    assert "content_explains" not in plain.card.metrics
+    assert told.card.metrics["content_used"] == 0.0
+    assert "content_used" not in plain.card.metrics
+
+
+def test_chance_is_not_taken_for_content() -> None:
+    """Random words and random tastes: not more often than two standard errors allow."""
+    sure = []
+    for seed in range(40):
+        encoder = encoder_of(seed=seed)
+        worth = subject.with_described(encoder, Described.of(items(told=False), {}), most=10, seed=seed)[1]
+        assert worth is not None
+        sure.append(worth.sure)
+    assert sum(sure) <= 5
 
 
 def test_few_described_items_teach_nothing() -> None:
-    told = Described.of(items().head(40), {})
-    assert worth_of_content(encoder_of(), told) is None
-    assert with_described(encoder_of(), told).described_ids == []
+    few = items().filter(~pl.col("item_id").is_in([f"i{n:03}" for n in range(40, 120)]))  # 40 met ones, 40 others
+    encoder, worth = subject.with_described(encoder_of(), Described.of(few, {}), most=1_000)
+    assert worth is None
+    assert encoder.described_ids == []
+
+
+def test_items_without_a_taste_teach_nothing() -> None:
+    """Those that were never met with another: their zeros would draw what is foretold to zero."""
+    whole = encoder_of()
+    lonely = [f"lonely{n}" for n in range(400)]
+    rows = torch.tensor([0.0] * 6 + [0.1, 1.0]).expand(400, -1)
+    more = replace(
+        whole,
+        item_ids=[*whole.item_ids, *lonely],
+        vectors=torch.cat([whole.vectors, rows]),
+        item_categories=torch.full((520,), -1),
+    )
+    of_lonely = pl.DataFrame({"item_id": lonely, "text": ["red thing"] * 400}, schema_overrides=COLUMNS)
+    told = pl.concat([items(), of_lonely.select("item_id", category=None, price=None, text="text").cast(COLUMNS)])  # type: ignore[arg-type]
+    alone, among = (
+        subject.with_described(encoder, Described.of(told, {}), most=40, seed=1)[0] for encoder in (whole, more)
+    )
+    taught = dict(zip(among.described_ids, among.described_vectors, strict=True))
+    assert set(alone.described_ids) == set(taught)
+    edges = [Described.of(table, {}).code.price_edges for table in (told, items())]
+    assert edges[0] == edges[1]
+    for item, vector in zip(alone.described_ids, alone.described_vectors, strict=True):
+        torch.testing.assert_close(vector, taught[item])
+
+
+def test_an_item_of_a_category_that_no_event_names_keeps_to_what_its_events_will_say() -> None:
+    """The regression has learned from named categories, so one of none, or by another name, isn't its business."""
+    whole = encoder_of()
+    rows = torch.arange(120) % 2
+    named = replace(whole, categories=["a", "b"], category_vectors=torch.ones(2, 6), item_categories=rows)
+    of_item = {item: "ab"[n % 2] for n, item in enumerate(whole.item_ids)}
+    catalogue = pl.Series("category", ["a", None, "B", "b"] * 40)
+    told = Described.of(items().with_columns(catalogue), of_item)
+    found = with_described(named, told)
+    assert found.described_ids == [f"i{n:03}" for n in range(120, ITEMS) if n % 4 in {0, 3}]
+    torch.testing.assert_close(found.vector_of("i121", "a")[:-FIXED], named.vector_of("i121", "a")[:-FIXED])
+    assert not torch.equal(found.vector_of("i123", "b"), named.vector_of("i123", "b"))
+
+
+def test_only_so_many_others_are_kept_and_the_first_go_before() -> None:
+    found, _ = subject.with_described(encoder_of(), Described.of(items(), {}), most=7)
+    assert found.described_ids == [f"i{n:03}" for n in range(120, 127)]
+    assert found.described_vectors.shape == (7, 6)
+
+
+def test_the_commonest_features_are_those_that_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalogue of a category for every item must not ask for a system of that size."""
+    monkeypatch.setattr(subject, "_MOST_FEATURES", 20)
+    sizes: list[int] = []
+
+    def factor(system: NDArray[np.float64], *, overwrite_a: bool) -> object:
+        sizes.append(len(system))
+        return scipy.linalg.cho_factor(system, overwrite_a=overwrite_a)
+
+    monkeypatch.setattr(subject, "cho_factor", factor)
+    many = items().with_columns(category="item_id")
+    assert len(with_described(encoder_of(), Described.of(many, {})).described_ids) == 40
+    assert set(sizes) == {20}
 
 
 def test_nothing_and_null_are_descriptions_too() -> None:
@@ -154,8 +238,8 @@ def test_a_price_without_bound_has_a_bucket() -> None:
 
 
 def test_the_category_that_events_name_goes_before_the_catalogues() -> None:
-    told = Described.of(items(), {"i001": "shoes"})
-    assert told.category_names(["i000", "i001"]) == ["things", "shoes"]
+    told = Described.of(items().with_columns(category="item_id"), {"i001": "shoes", "i003": "hats"})
+    assert told.category_names(["i003", "i000", "i002", "i001"]) == ["hats", "i000", "i002", "shoes"]
 
 
 def test_an_item_told_of_twice_is_as_it_was_told_last() -> None:
@@ -192,6 +276,67 @@ def test_descriptions_that_do_not_fit_are_refused(release: Release, tmp_path: Pa
         load(save(broken, tmp_path))
 
 
+def test_a_checkpoint_of_other_descriptions_is_refused(tmp_path: Path) -> None:
+    events = history()
+    log = log_of(events, {"click": 1.0}, sorted(set(events["item_id"])))
+    encoder = learn_encoder(log, 16, {})
+    recipe = Recipe(kind="pooled", dimension=16, capacity=16, positions=5_000)
+
+    def learn(told: pl.DataFrame) -> Taught | None:
+        return learn_sequences(
+            log,
+            encoder,
+            recipe,
+            cut=int(events["event_time"][-300]),
+            described=Described.of(told, {}),
+            tell=lambda *_: None,
+            checkpoint=tmp_path,
+        )
+
+    learn(items())
+    learn(items())
+    with pytest.raises(SettingsError, match="of another training plan"):
+        learn(items().with_columns(text=pl.col("text").str.replace("red", "pink")))
+
+
+def test_going_on_keeps_what_prices_and_words_say() -> None:
+    events = history()
+    log = log_of(events, {"click": 1.0}, sorted(set(events["item_id"])))
+    encoder, told = learn_encoder(log, 16, {}), Described.of(items(), {})
+    recipe = Recipe(kind="pooled", dimension=16, capacity=16, positions=20_000)
+    taught = learn_sequences(
+        log, encoder, recipe, cut=int(events["event_time"][-300]), described=told, tell=lambda *_: None
+    )
+    assert taught is not None
+    assert taught.model.items.words is not None
+    assert taught.model.items.prices is not None
+    before = [part.weight.detach().clone() for part in (taught.model.items.words, taught.model.items.prices)]
+    none = log_of(events.head(0), {"click": 1.0}, log.item_ids)  # nothing more to learn
+    gone_on = continue_learning(taught, none, encoder, recipe, described=told, tell=lambda *_: None)
+    assert gone_on.model.items.words is not None
+    assert gone_on.model.items.prices is not None
+    assert torch.equal(gone_on.model.items.words.weight, before[0])
+    assert torch.equal(gone_on.model.items.prices.weight, before[1])
+
+
+def test_a_release_from_before_there_were_descriptions_is_read(release: Release, tmp_path: Path) -> None:
+    path = save(release, tmp_path)
+    tensors = safetensors.torch.load(path.with_suffix(".safetensors").read_bytes())
+    for name in ("described_ids", "described_vectors", "sequence.described"):
+        del tensors[name]
+    content = safetensors.torch.save(tensors)
+    path.with_suffix(".safetensors").write_bytes(content)
+    card = json.loads(path.read_text()) | {"sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(card))
+    old = load(path)
+    assert old.encoder.described_ids == []
+    assert torch.equal(old.item_vectors, release.item_vectors)
+    assert old.sequence_vectors_for(["i130"], ["things"]).shape == (
+        1,
+        17 if old.sequence is None else old.sequence.dimension,
+    )
+
+
 # --- from a file
 
 
@@ -207,11 +352,13 @@ def test_a_file_of_items_is_read_by_the_usual_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"name": ["a"]}, "none of which is known as item_id"),
+        ({"name": ["a"]}, "none of which is known as item_id: rename one"),
+        ({"item_id": ["a"], "price": [{"amount": 3.0}]}, "more than one value in a row of price"),
+        ({"item_id": ["a"], "category": [["Women", "Shoes"]]}, "more than one value in a row of category"),
         ({"item_id": ["a"], "colour": ["red"]}, "says nothing of its items"),
     ],
 )
-def test_a_file_that_says_nothing_is_refused(tmp_path: Path, columns: dict[str, list[str]], says: str) -> None:
+def test_a_file_that_says_nothing_is_refused(tmp_path: Path, columns: dict[str, list[object]], says: str) -> None:
     pl.DataFrame(columns).write_parquet(tmp_path / "items.parquet")
     with pytest.raises(SettingsError, match=says):
         read_items(tmp_path / "items.parquet")

@@ -56,7 +56,15 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
     """
     path = Path(path)
     raw = read_table(path, "events")
-    found = find_columns(raw, columns or {}, path, names=_NAMES, required=_REQUIRED, table="the event table")
+    found = find_columns(
+        raw,
+        columns or {},
+        path,
+        names=_NAMES,
+        required=_REQUIRED,
+        table="the event table",
+        advice="map one with columns {}=NAME",
+    )
     table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
     table = _typed(table, path)
     if "event_id" not in table.columns:
@@ -96,6 +104,7 @@ def find_columns(
     names: Mapping[str, Sequence[str]],
     required: Sequence[str],
     table: str,
+    advice: str,
 ) -> dict[str, str]:
     """By each of our `names` the column of `raw` that has it: the one it is mapped to, else the first of the usual.
 
@@ -112,7 +121,7 @@ def find_columns(
     found |= mapped
     for ours in required:
         if found[ours] is None:
-            raise SettingsError(f"{there}, none of which is known as {ours}: map one with columns {ours}=NAME.")
+            raise SettingsError(f"{there}, none of which is known as {ours}: {advice.format(ours)}.")
     return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 

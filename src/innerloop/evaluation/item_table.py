@@ -18,11 +18,16 @@ _NAMES = {
 def read_items(path: Path | str) -> pl.DataFrame:
     """Read a .csv, .jsonl / .ndjson or .parquet file: item_id and, where it has them, category, price and text.
 
-    Raises SettingsError when the file is missing or unreadable, or says nothing of its items.
+    Raises SettingsError when the file is missing or unreadable, says nothing of its items, or has lists in a column.
     """
     path = Path(path)
     raw = read_table(path, "items")
-    found = find_columns(raw, {}, path, names=_NAMES, required=["item_id"], table="the table of items")
+    found = find_columns(
+        raw, {}, path, names=_NAMES, required=["item_id"], table="the table of items", advice="rename one"
+    )
+    for theirs in found.values():
+        if raw[theirs].dtype.is_nested():
+            raise SettingsError(f"{path} has more than one value in a row of {theirs}: give text or a number.")
     if len(found) == 1:
         raise SettingsError(f"{path} says nothing of its items: it needs a column category, price, text or name.")
     identifiers = {name: identifiers_of(raw[found[name]]) for name in ("item_id", "category") if name in found}

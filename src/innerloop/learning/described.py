@@ -1,18 +1,20 @@
 """What the shop says of its items, and what that foretells of the taste of those that nobody has met.
 
-Taste is learned from what is clicked together (see `encoder`), so an item without a history has none, and until now is
-known by its category's mean. Where the shop describes its items, a ridge regression over those with a history foretells
-the taste t of the others from their content x:
+Taste is learned from what is clicked together (see `encoder`), so an item without a history has none. Where the shop
+describes its items, a ridge regression over those with a history foretells the taste t of the others from their content
+x:
 
     t(item) = W' x(item),   W = argmin  sum_i |t_i - W' x_i|^2 + ridge |W|^2
 
 x is 1 for the item's category, 1 for its price bucket, and 1 / sqrt(n) for each hash bucket of the n words and
-neighbouring pairs of its text (see `item_encoder.ContentCode`). The ridge is chosen on a fifth of the items, which the
-regression has not seen; training leaves the whole out where it foretells those no better than their categories' means.
+neighbouring pairs of its text (see `item_encoder.ContentCode`). A fifth of the items chooses the ridge, and another
+fifth says whether content foretells more than the mean of the item's category does; if not, training leaves it out.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +31,12 @@ from innerloop.learning.item_encoder import ContentCode, ItemContent
 COLUMNS = {"item_id": pl.String(), "category": pl.String(), "price": pl.Float64(), "text": pl.String()}
 """What a table of items has; all but the first may be null."""
 
-_WORD_BUCKETS = 2_048  # the regression solves a system of so many
+_WORD_BUCKETS = 2_048
+_MOST_FEATURES = 3_000  # the regression solves a system of so many: those that most items have
 _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
-_HELD_OUT = 5  # one item in so many
+_PARTS = 5  # of the items: one chooses the ridge, one judges
 _LEAST_ITEMS = 50
+_SURE = 2.0  # standard errors by which content must foretell more than the category does
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,22 @@ class Described:
     def knows(self, item_ids: Sequence[str]) -> NDArray[np.bool_]:
         return np.array([item in self._rows for item in item_ids], np.bool_)
 
-    def besides(self, item_ids: Sequence[str]) -> list[str]:
-        """Those that it describes and that aren't among `item_ids`."""
-        known = set(item_ids)
-        return [item for item in self.item_ids if item not in known]
+    def besides(self, encoder: Encoder, most: int) -> list[str]:
+        """The first `most` that aren't in the encoder's table.
+
+        Where events name categories, only those of a category that they name: the regression knows no other.
+        """
+        known, named = set(encoder.item_ids), set(encoder.categories)
+        described = zip(self.item_ids, self.names, strict=True)
+        others = (item for item, name in described if item not in known and (not named or name in named))
+        return list(islice(others, most))
+
+    def digest(self) -> str:
+        """Of all that it says."""
+        content = self.content
+        told = (content.categories, content.prices, content.words, content.word_starts)
+        parts = [repr((self.item_ids, self.code)).encode(), *(part.numpy().tobytes() for part in told)]
+        return hashlib.sha256(b"".join(parts)).hexdigest() if self.item_ids else ""
 
     def category_names(self, item_ids: Sequence[str]) -> list[str | None]:
         """The category of each of some items, all of which it describes."""
@@ -88,27 +104,37 @@ class Worth(NamedTuple):
     content: float
     category: float
     """By the mean of their category."""
+    sure: bool
+    """Whether content foretells more of them, beyond chance."""
 
 
-def worth_of_content(encoder: Encoder, described: Described, seed: int = 0) -> Worth | None:
-    """How well the described items of the encoder's table foretell a fifth of them; None when they are too few."""
+def with_described(encoder: Encoder, described: Described, *, most: int, seed: int = 0) -> tuple[Encoder, Worth | None]:
+    """The encoder with a taste for `most` described items that aren't in its table, and what that is worth.
+
+    The encoder as it was, and None, when too few of its items are described to learn from.
+    """
     lesson = _Lesson.of(encoder, described)
     if len(lesson.taste) < _LEAST_ITEMS:
-        return None
-    held = lesson.held_out(seed)
-    return Worth(max(lesson.foretold(held).values()), _by_category(lesson.categories, lesson.taste, held))
-
-
-def with_described(encoder: Encoder, described: Described, seed: int = 0) -> Encoder:
-    """The encoder with a taste for the described items that aren't in its table, where its own teach one."""
-    lesson = _Lesson.of(encoder, described)
-    ids = described.besides(encoder.item_ids)
-    if len(lesson.taste) < _LEAST_ITEMS or not ids:
-        return encoder
-    foretold = lesson.foretold(lesson.held_out(seed))
-    weights = _Regression(lesson.features, lesson.taste).weights(max(foretold, key=foretold.__getitem__))
+        return encoder, None
+    part = np.random.default_rng(seed).permutation(len(lesson.taste)) % _PARTS
+    learned = _Regression(lesson.features[part > 1], lesson.taste[part > 1])
+    left = {ridge: lesson.left(learned.weights(ridge), part == 0) for ridge in _RIDGES}
+    ridge = min(left, key=lambda each: float(left[each].sum()))
+    worth = _worth(lesson, learned.weights(ridge), part)
+    ids = described.besides(encoder, most)
+    weights = _Regression(lesson.features, lesson.taste).weights(ridge)
     taste = _features(described.content_of(ids), described.code) @ weights
-    return replace(encoder, described_ids=ids, described_vectors=torch.from_numpy(taste).float())
+    return replace(encoder, described_ids=ids, described_vectors=torch.from_numpy(taste).float()), worth
+
+
+def _worth(lesson: "_Lesson", weights: NDArray[np.float64], part: NDArray[np.int64]) -> Worth:
+    """Judged on part 1 of the items, of which neither the weights nor their ridge know anything."""
+    judged, taste = part == 1, lesson.taste[part == 1]
+    whole = max(float(np.square(taste).sum()), 1e-12)
+    by_content, by_category = lesson.left(weights, judged), lesson.left_by_category(part > 1, judged)
+    gain = by_category - by_content
+    sure = float(gain.mean()) > _SURE * float(gain.std(ddof=1)) / len(gain) ** 0.5
+    return Worth(1.0 - float(by_content.sum()) / whole, 1.0 - float(by_category.sum()) / whole, sure)
 
 
 @dataclass(frozen=True)
@@ -116,37 +142,49 @@ class _Lesson:
     """The M items that have both a taste and a description."""
 
     features: csr_matrix  # [M, F]
-    taste: Tensor  # [M, d - 2]
+    taste: NDArray[np.float32]  # [M, d - 2]
     categories: Tensor  # [M] int64, -1 for none
 
     @classmethod
     def of(cls, encoder: Encoder, described: Described) -> "_Lesson":
-        rows = np.flatnonzero(described.knows(encoder.item_ids)).tolist()
+        taste = encoder.vectors[:, :-FIXED]
+        # An item that was never met with another has none: zeros, from which there is nothing to learn.
+        rows = np.flatnonzero(described.knows(encoder.item_ids) & taste.any(1).numpy()).tolist()
         content = described.content_of([encoder.item_ids[row] for row in rows])
-        return cls(_features(content, described.code), encoder.vectors[rows, :-FIXED], encoder.item_categories[rows])
+        return cls(_features(content, described.code), taste[rows].numpy(), encoder.item_categories[rows])
 
-    def held_out(self, seed: int) -> NDArray[np.bool_]:  # [M]
-        drawn: NDArray[np.bool_] = np.random.default_rng(seed).permutation(len(self.taste)) % _HELD_OUT == 0
-        return drawn
+    def left(self, weights: NDArray[np.float64], some: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The squares [m] of some items' taste that the weights leave unexplained."""
+        squares: NDArray[np.float64] = np.square(self.taste[some] - self.features[some] @ weights).sum(1)
+        return squares
 
-    def foretold(self, held: NDArray[np.bool_]) -> dict[float, float]:
-        """By ridge the share of the held-out items' taste that the others' regression foretells."""
-        learned = _Regression(self.features[~held], self.taste[torch.from_numpy(~held)])
-        asked, taste = self.features[held], self.taste[torch.from_numpy(held)]
-        return {ridge: _explained(learned.weights(ridge), asked, taste) for ridge in _RIDGES}
+    def left_by_category(self, learned: NDArray[np.bool_], some: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The same by the mean taste of the category, of the `learned` items."""
+        count = int(self.categories.max()) + 1
+        known, asked = torch.from_numpy(learned), torch.from_numpy(some)
+        means = category_means(self.categories[known], torch.from_numpy(self.taste[learned]), count)
+        foretold = torch.cat([means, means.new_zeros(1, means.shape[1])])[self.categories[asked]]  # -1 is the last
+        squares: NDArray[np.float64] = np.square(self.taste[some] - foretold.numpy()).sum(1).astype(np.float64)
+        return squares
 
 
 class _Regression:
-    """Ridge regression of targets [N, k] on features [N, F], for several ridges."""
+    """Ridge regression of targets [N, k] on the commonest features of [N, F], for several ridges."""
 
-    def __init__(self, features: csr_matrix, targets: Tensor) -> None:
-        self._gram = (features.T @ features).toarray()
-        self._moments = features.T @ targets.double().numpy()
+    def __init__(self, features: csr_matrix, targets: NDArray[np.float32]) -> None:
+        counts = np.bincount(features.indices, minlength=features.shape[1])
+        order = np.lexsort((np.arange(len(counts)), -counts))[:_MOST_FEATURES]
+        self._width, self._used = len(counts), np.sort(order[counts[order] > 0])
+        used = features[:, self._used]
+        self._gram = (used.T @ used).toarray()
+        self._moments = used.T @ targets.astype(np.float64)
 
     def weights(self, ridge: float) -> NDArray[np.float64]:
-        """W [F, k]."""
-        factor = cho_factor(self._gram + ridge * np.eye(len(self._gram)), overwrite_a=True)
-        weights: NDArray[np.float64] = cho_solve(factor, self._moments)
+        """W [F, k]; 0 for a feature that is left out."""
+        system = self._gram.copy()
+        system[np.diag_indices_from(system)] += ridge
+        weights = np.zeros((self._width, self._moments.shape[1]))
+        weights[self._used] = cho_solve(cho_factor(system, overwrite_a=True), self._moments)
         return weights
 
 
@@ -171,18 +209,3 @@ def _one_hot(
     """Rows, columns from `first` on and ones for numbers [N] from 1; 0 is unknown."""
     rows = np.flatnonzero(numbers)
     return rows, first + numbers[rows] - 1, np.ones(len(rows))
-
-
-def _explained(weights: NDArray[np.float64], features: csr_matrix, taste: Tensor) -> float:
-    """The share of the squares of taste [N, k] that is foretold; below 0 where nothing would be better."""
-    left = taste.numpy() - features @ weights
-    return float(1.0 - np.square(left).sum() / max(float(taste.square().sum()), 1e-12))
-
-
-def _by_category(categories: Tensor, taste: Tensor, held: NDArray[np.bool_]) -> float:
-    """The same by the mean taste of the category [N], -1 for none, of the items that aren't held out."""
-    there = torch.from_numpy(held)
-    means = category_means(categories[~there], taste[~there], int(categories.max()) + 1 if len(categories) else 0)
-    foretold = torch.cat([means, means.new_zeros(1, means.shape[1])])[categories[there]]  # -1 is the last
-    left = taste[there] - foretold
-    return float(1.0 - left.square().sum() / taste[there].square().sum().clamp(min=1e-12))

@@ -8,6 +8,7 @@ item gets that was never trained on. Absent content adds nothing.
 """
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 _INIT = 0.02
 _WORD = re.compile(r"\w+")
+_MOST_WORDS = 64
 UNSEEN = -1  # the row of an item that isn't in the table
 
 
@@ -100,15 +102,17 @@ class ContentCode:
         return torch.from_numpy(np.where(np.isnan(values), 0, buckets).astype(np.int64))
 
     def _words(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        found = [self.hashed(text or "") for text in texts]
-        starts = torch.tensor([0, *np.cumsum([len(words) for words in found])], dtype=torch.int64)
-        return torch.tensor([word for words in found for word in words], dtype=torch.int64), starts
+        words, ends = array("q"), array("q", [0])
+        for text in texts:
+            words.extend(self.hashed(text or ""))
+            ends.append(len(words))
+        return torch.from_numpy(np.array(words, np.int64)), torch.from_numpy(np.array(ends, np.int64))
 
     def hashed(self, text: str) -> list[int]:
-        """Hash buckets of the words and of neighbouring pairs (the hashing trick, Weinberger et al. 2009)."""
+        """Hash buckets of the first words and of neighbouring pairs (the hashing trick, Weinberger et al. 2009)."""
         if not self.word_buckets:
             return []
-        words = _WORD.findall(text.lower())
+        words = _WORD.findall(text.lower())[:_MOST_WORDS]
         parts = [*words, *(" ".join(pair) for pair in pairwise(words))]
         return [xxhash.xxh3_64_intdigest(part.encode()) % self.word_buckets for part in parts]
 

@@ -4,8 +4,8 @@
 
 e_v and b_v are the item's learned vector and bias; q is the history encoder's vector, adapted by a head where one was
 taught (see `history_head`). An item that wasn't trained on has the vector of the unknown identifier plus its
-category's, or that of all its content where the shop describes it, which ID dropout taught, and a low bias: nothing
-speaks for it yet.
+category's, and those of its price and words where the shop tells them, which ID dropout taught, and a low bias:
+nothing speaks for it yet.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class SequenceEncoder:
     head: HistoryHead | None = field(repr=False, default=None)
 
     @classmethod
-    def of(cls, model: SequenceModel, kind: str, capacity: int, layers: int, described: ItemContent | None) -> Self:
+    def of(cls, model: SequenceModel, kind: str, capacity: int, layers: int, described: ItemContent) -> Self:
         """Freeze a trained model; `described` is the content of X items that it wasn't trained on."""
         vectors, bias = (part.cpu() for part in model.table())
         unseen, of_category = model.items.identifiers.weight.detach()[-1].cpu(), model.items.categories
@@ -157,10 +157,8 @@ class SequenceEncoder:
         )
 
 
-def _of_unseen(model: SequenceModel, content: ItemContent | None, bias: Tensor) -> Tensor:
+def _of_unseen(model: SequenceModel, content: ItemContent, bias: Tensor) -> Tensor:
     """The vectors [X, d + 1] of items of that content and an identifier that nobody has met."""
-    if content is None or not len(content):
-        return torch.zeros(0, model.items.identifiers.embedding_dim + 1)
     device = model.bias.device
     unseen = torch.full((len(content),), UNSEEN, device=device)
     with torch.inference_mode():

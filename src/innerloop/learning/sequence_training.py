@@ -58,7 +58,7 @@ class Taught:
     item_ids: list[str]
     categories: list[str]
     metrics: dict[str, float]
-    others: ItemContent | None = None
+    others: ItemContent
     """Of the items that are described and that it wasn't trained on."""
 
     def encoder(self, recipe: Recipe) -> SequenceEncoder:
@@ -94,6 +94,7 @@ def learn_sequences(
         learning_rate=_RATE,
         validation_tasks=_VALIDATION,
         seed=recipe.seed,
+        content=described.digest(),
     )
     stage = None if checkpoint is None else checkpoint / _STAGES[0]
 
@@ -154,7 +155,12 @@ def continue_learning(
         return Taught(model, encoder.item_ids, encoder.categories, taught.metrics, contents.others)
     epochs = max(1, round(_CONTINUED * min(_epochs(recipe.positions, learned), taught.metrics["sequence_epochs"])))
     plan = Plan(
-        epochs=epochs, batch=_batch(histories), negatives=_NEGATIVES, learning_rate=_RATE / 2, seed=recipe.seed + 2
+        epochs=epochs,
+        batch=_batch(histories),
+        negatives=_NEGATIVES,
+        learning_rate=_RATE / 2,
+        seed=recipe.seed + 2,
+        content=described.digest(),
     )
     if model.head is not None:
         plan = replace(plan, cuts=_CUTS)

@@ -66,7 +66,10 @@ class Histories:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. `negatives` are drawn for each batch, by counts to the power `popularity_power`."""
+    """How to train. `negatives` are drawn for each batch, by counts to the power `popularity_power`.
+
+    `content` is a digest of what is known of the items: who goes on from a checkpoint must know the same.
+    """
 
     epochs: int = 40
     patience: int = 3
@@ -79,6 +82,7 @@ class Plan:
     cuts: int = 0
     """Targets that are learned from in a task and epoch, drawn anew; 0: all. A head is solved for each."""
     seed: int = 0
+    content: str = ""
 
 
 class SequenceModel(nn.Module):

@@ -1,7 +1,7 @@
 """The outer loop: from a history of events to a release.
 
 1. The last three tenths of the history are held out; an encoder is learned on the rest. Where the shop describes its
-   items, that foretells the taste of those the history hasn't, if it foretells any (`described`).
+   items, that foretells the taste of those the history hasn't, if it foretells more than their category (`described`).
 2. The popularity's half-life, then the head's three numbers (how fast examples age, how much one says, how much an item
    that wasn't clicked says) are chosen one at a time, by hit@20 on one half of a sample of held-out clicks. For each
    candidate the prior is learned anew by EM.
@@ -32,7 +32,7 @@ from innerloop.learning.ads.attribution import HOUR
 from innerloop.learning.ads.click_teaching import learn_clicks
 from innerloop.learning.ads.teaching import learn_ads, without_purchases
 from innerloop.learning.candidates import PLAIN
-from innerloop.learning.described import Described, with_described, worth_of_content
+from innerloop.learning.described import Described, Worth, with_described
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, with_popularity
 from innerloop.learning.episodes import Log, episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
@@ -75,6 +75,8 @@ class Settings(Protocol):
     def sequence_episodes(self) -> bool: ...
     @property
     def sequence_positions(self) -> int: ...
+    @property
+    def described_items(self) -> int: ...
     @property
     def attribution_hours(self) -> float: ...
     @property
@@ -196,7 +198,11 @@ class _Lesson:
 
     def encoder_of(self, log: Log, events: pl.DataFrame) -> Encoder:
         encoder = learn_encoder(log, self.settings.dimension, _categories(events), self.settings.seed)
-        return with_described(encoder, self.described, self.settings.seed)
+        return self.described_by(encoder)[0]
+
+    def described_by(self, encoder: Encoder) -> tuple[Encoder, Worth | None]:
+        most = self.settings.described_items
+        return with_described(encoder, self.described, most=most, seed=self.settings.seed)
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
@@ -212,10 +218,11 @@ class _Lesson:
         early = self.history.head(round(self.history.height * (1.0 - _HELD_OUT)))
         log = self.log_of(early)
         encoder = learn_encoder(log, self.settings.dimension, _categories(early), self.settings.seed)
-        told = worth_of_content(encoder, self.described, self.settings.seed)
-        if told is None or told.content <= max(told.category, 0.0):
+        described, told = self.described_by(encoder)
+        if agreed(told is not None and told.sure):
+            encoder = described
+        else:
             self.described = Described.none()
-        encoder = with_described(encoder, self.described, self.settings.seed)
         items = self.history["item_id"].unique().sort().to_list()
         whole, early_log = self.log_of(self.history, items), self.log_of(early, items)
         rows = self._held_out_clicks(whole, int(early["event_time"][-1]))
@@ -246,6 +253,7 @@ class _Lesson:
         metrics |= {f"unadapted_hit@{k}": hit_rate(prior, k) for k in (20, 50)}
         if told is not None:
             metrics |= {"content_explains": told.content, "category_explains": told.category}
+            metrics["content_used"] = float(len(self.described.item_ids) > 0)
         early_release = Release(
             _card(early, self.settings, 0, choice, {}), with_popularity(encoder, log, choice.popularity_half_life), head
         )

@@ -111,6 +111,14 @@ def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
         raise SettingsError(f"Kafka settings are refused: {error}.") from None
 
 
+def unreadable(topic: str, error: KafkaError) -> str:
+    """What is said when reading a topic ends in one of `HOPELESS`."""
+    return (
+        f"Topic {topic} cannot be read ({error.str().rstrip('.')}): see that it exists and that this user has the ACLs"
+        " that deploy/OPERATIONS.md lists."
+    )
+
+
 def consumer(
     settings: KafkaSettings,
     group: str,

@@ -65,10 +65,7 @@ class Tail:
             elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own name
                 self._behind.discard(message.partition() or 0)
             elif error.code() in clients.HOPELESS:
-                raise ServiceError(
-                    f"Topic {self._topic} cannot be read ({error.str().rstrip('.')}): see that it exists and that this"
-                    " user has the ACLs that deploy/OPERATIONS.md lists."
-                )
+                raise ServiceError(clients.unreadable(self._topic, error))
         return records
 
     def close(self) -> None:

@@ -81,6 +81,11 @@ def require_topics(settings: Settings, names: Iterable[str]) -> None:
     partition_counts(settings, names)
 
 
+def existing(settings: Settings, names: Iterable[str]) -> list[str]:
+    """Those of the topics that exist; raises ServiceError when no broker answers or it does not tell of one."""
+    return list(_described(clients.admin(settings.kafka), list(names), settings))
+
+
 def partition_counts(settings: Settings, names: Iterable[str]) -> dict[str, int]:
     """How many partitions each topic has; raises ServiceError when one does not exist or no broker answers."""
     return {name: len(topic.partitions) for name, topic in _required(settings, names).items()}

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterator
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from innerloop.config import Settings
-from innerloop.errors import RetryError
+from innerloop.errors import RetryError, ServiceError
 from innerloop.streams import clients
 from innerloop.streams.batch import Batch, Partition, Record
 from innerloop.streams.topics import partition_counts
@@ -19,7 +19,8 @@ _AT_ONCE = 10_000
 def whole_topic(settings: Settings, topic: str) -> Iterator[Record]:
     """Every record that the topic holds now, in offset order within each partition.
 
-    The group is a name only: nothing is joined and nothing committed. Raises RetryError when the broker falls silent.
+    The group is a name only: nothing is joined and nothing committed. Raises RetryError when the broker falls silent,
+    ServiceError when the topic may not be read.
     """
     consumer = clients.consumer(settings.kafka, "innerloop-whole-topic", queued_min_messages=_AT_ONCE)
     try:
@@ -51,12 +52,22 @@ def _open(consumer: Consumer, topic: str, partitions: int) -> dict[int, int]:
     """Start reading; by partition that holds something the offset after its last record."""
     ends, starts = {}, []
     for number in range(partitions):
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=_ANSWER_SECONDS)
+        try:
+            low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=_ANSWER_SECONDS)
+        except KafkaException as error:
+            raise RetryError(f"Kafka does not say where {topic} ends: {error.args[0].str()}") from error
         if high > low:
             ends[number] = high
             starts.append(TopicPartition(topic, number, low))
     consumer.assign(starts)
     return ends
+
+
+def _is_error(message: Message) -> bool:
+    error = message.error()
+    if error is not None and error.code() in clients.HOPELESS:
+        raise ServiceError(clients.unreadable(message.topic() or "", error))
+    return error is not None
 
 
 def _until(consumer: Consumer, ends: dict[int, int]) -> Iterator[Record]:
@@ -68,7 +79,7 @@ def _until(consumer: Consumer, ends: dict[int, int]) -> Iterator[Record]:
             heard = time.monotonic()
         elif time.monotonic() - heard > _SILENT_SECONDS:
             raise RetryError(f"The broker has sent nothing for {_SILENT_SECONDS:g} s; {len(ends)} partitions are left")
-        batch = Batch([message for message in messages if message.error() is None])
+        batch = Batch([message for message in messages if not _is_error(message)])
         yield from (batch.record(position) for position in range(len(batch)))
         for place in consumer.position([TopicPartition(p.topic, p.partition) for p in consumer.assignment()]):
             if place.offset >= ends.get(place.partition, place.offset + 1):
