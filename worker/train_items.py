@@ -31,9 +31,13 @@ def items_on_topic(settings: Settings, met: Container[str]) -> pl.DataFrame:
     found = _Found(met, settings.learning.described_items)
     for record in whole_topic(settings, topic):
         found.take(record)
+    table = found.table()
     if found.skipped:  # once: there may be many
         _LOG.warning("no items", topic=topic, skipped=found.skipped, why=found.last_skipped)
-    return found.table()
+    if found.full:
+        most = settings.learning.described_items
+        _LOG.info("the oldest are left out", most=most, setting="learning.described_items")
+    return table
 
 
 class _Found:
@@ -43,6 +47,7 @@ class _Found:
         self._met, self._most = met, most
         self._of_met: dict[str, _Said] = {}
         self._others: dict[str, _Said] = {}
+        self.full = False
         self.skipped, self.last_skipped = 0, ""
 
     def take(self, record: Record) -> None:
@@ -63,8 +68,7 @@ class _Found:
 
     def _newest(self) -> dict[str, _Said]:
         by_age = sorted(self._others.items(), key=lambda row: (-row[1][0], row[0]))
-        if len(by_age) > self._most:
-            _LOG.info("the oldest are left out", most=self._most, setting="learning.described_items")
+        self.full |= len(by_age) > self._most
         return dict(by_age[: self._most])
 
     def table(self) -> pl.DataFrame:

@@ -69,7 +69,7 @@ def test_those_that_were_met_are_all_taken_and_of_the_others_the_newest(told: Se
     with capture_logs() as said:
         found = items_on_topic(bounded(told, 2), met)
     assert found["item_id"].to_list() == ["also met", "met", "launch 5", "launch 4"]
-    assert any(entry.get("setting") == "learning.described_items" for entry in said)
+    assert [entry["most"] for entry in said if entry.get("setting") == "learning.described_items"] == [2], "told once"
     time.sleep(0.01)
     publish_items(told, [Item("dead stock", "On sale again")])
     assert items_on_topic(bounded(told, 2), met)["item_id"].to_list()[2:] == ["dead stock", "launch 5"]

@@ -73,16 +73,15 @@ class Encoder:
 
     def rows_of(self, item_ids: Sequence[str]) -> Tensor:
         """Where items are in the table, [M] int64; -1 for what isn't."""
-        return torch.tensor([self._rows.get(item_id, -1) for item_id in item_ids], dtype=torch.int64)
+        return _rows_in(self._rows, item_ids)
 
     def described_rows_of(self, item_ids: Sequence[str]) -> Tensor:
         """Where items are among `described_ids`, [M] int64; -1 for what isn't."""
-        return torch.tensor([self._described_rows.get(item_id, -1) for item_id in item_ids], dtype=torch.int64)
+        return _rows_in(self._described_rows, item_ids)
 
     def category_rows_of(self, categories: Sequence[str | None]) -> Tensor:
         """Where categories are among `categories`, [M] int64; -1 for None and what isn't."""
-        rows = [self._category_rows.get(name, -1) if name is not None else -1 for name in categories]
-        return torch.tensor(rows, dtype=torch.int64)
+        return _rows_in(self._category_rows, categories)
 
     def vector_of(self, item_id: str, category: str | None = None) -> Tensor:
         """Return the vector [d] of one item, in the table or not."""
@@ -110,6 +109,10 @@ class Encoder:
         vectors[known, :-FIXED] += self.category_vectors[at[known]]
         vectors[described, :-FIXED] += self.described_vectors[foretold[described]]
         return vectors
+
+
+def _rows_in(rows: Mapping[str, int], names: Sequence[str | None]) -> Tensor:
+    return torch.tensor([-1 if name is None else rows.get(name, -1) for name in names], dtype=torch.int64)
 
 
 def learn_encoder(log: Log, dimension: int, categories: Mapping[str, str] | None = None, seed: int = 0) -> Encoder:
