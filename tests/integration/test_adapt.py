@@ -720,13 +720,12 @@ def test_what_an_owner_could_not_answer_its_successor_answers(world: World, monk
         tried.set()
         raise RetryError("the database is away")
 
-    with running(world.settings):
+    with monkeypatch.context() as patch, running(world.settings):  # the database is away until the owner is gone
         world.ask_and_read("u")
-        with monkeypatch.context() as patch:
-            patch.setattr(Adapt, "_adapt", away)
-            world.send(topic, "u", older("u"), "0")
-            assert tried.wait(10)
-            time.sleep(2.5)  # its watch commits each second what has been answered
+        patch.setattr(Adapt, "_adapt", away)
+        world.send(topic, "u", older("u"), "0")
+        assert tried.wait(10)
+        time.sleep(2.5)  # its watch commits each second what has been answered
     assert not world.last_is_newest(topic)
     with running(world.settings):
         wait_for(lambda: world.last_is_newest(topic))
