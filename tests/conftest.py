@@ -8,7 +8,7 @@ import pytest
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings, TopicSettings, load_settings
 from innerloop.store.database import connect
 from innerloop.store.migrate import migrate
-from innerloop.worker.services import Services, running_services
+from innerloop.worker.servers.services import Services, running_services
 
 # Examples take as long as the machine is busy; a test that hangs is ended by pytest-timeout.
 hypothesis.settings.register_profile("innerloop", deadline=None)

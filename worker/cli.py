@@ -52,7 +52,7 @@ def up(
     data: Annotated[Path | None, typer.Option(help="Keep the data here; without it, it is temporary.")] = None,
 ) -> None:
     """Run a real Kafka and a real PostgreSQL until Ctrl-C, and print the settings that point at them."""
-    from .services import up as run  # noqa: PLC0415 - each command imports what it runs
+    from .servers.services import up as run  # noqa: PLC0415 - each command imports what it runs
 
     run(_settings("up"), data)
 
@@ -144,7 +144,7 @@ def _run_pool(commands: list[list[str]], http: HttpSettings) -> None:
 @app.command()
 def quality() -> None:
     """Measure in windows what adaptation is worth, against the hold-out, until SIGTERM."""
-    from .quality import run_quality  # noqa: PLC0415
+    from .quality.app import run_quality  # noqa: PLC0415
 
     run_quality(_settings("quality"))
 
@@ -211,7 +211,7 @@ def console(
     """Serve one live page over the whole loop, read-only, until SIGTERM."""
     settings = _settings("console")
     given = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
-    from .console import run_console  # noqa: PLC0415
+    from .console.serve import run_console  # noqa: PLC0415
 
     run_console(settings.model_copy(update={"console": settings.console.model_copy(update=given)}))
 
@@ -242,7 +242,7 @@ def demo(  # noqa: PLR0917 - a command's options
     seed: Annotated[int, typer.Option(help="Of the synthetic shop.")] = 0,
 ) -> None:
     """Watch the whole loop live: clicks in, adapted scores out, on a real Kafka and a real PostgreSQL."""
-    from .demo import DemoOptions, run_demo  # noqa: PLC0415
+    from .demo.run import DemoOptions, run_demo  # noqa: PLC0415
 
     options = DemoOptions(
         seconds=seconds,

@@ -36,7 +36,7 @@ from innerloop.streams.topics import ensure_topics
 
 from .pool import Pool
 from .replay import Pace
-from .services import running_services
+from .servers.services import running_services
 
 _NAMES = {code: name for name, code in CODES.items()}
 _START_SECONDS, _DRAIN_SECONDS = 60.0, 600.0

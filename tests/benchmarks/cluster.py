@@ -30,10 +30,10 @@ from innerloop.store.database import connect
 from innerloop.store.migrate import migrate
 from innerloop.streams import clients
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.kafka_jars import cache_folder, chosen_version
-from innerloop.worker.kafka_server import find_java
-from innerloop.worker.postgres_server import PostgresServer
-from innerloop.worker.services import running_services
+from innerloop.worker.servers.kafka import find_java
+from innerloop.worker.servers.kafka_jars import cache_folder, chosen_version
+from innerloop.worker.servers.postgres import PostgresServer
+from innerloop.worker.servers.services import running_services
 
 _IMAGE_SECONDS = 120.0
 _STOP_SECONDS = 15.0

@@ -42,8 +42,8 @@ from innerloop.evaluation.judge.verdict import Evidence, Verdict, judge
 from innerloop.learning.releases import save
 from innerloop.store.database import Database, connect
 from innerloop.store.migrate import migrate
-from innerloop.worker.kafka_server import KafkaServer
-from innerloop.worker.services import Services, running_services
+from innerloop.worker.servers.kafka import KafkaServer
+from innerloop.worker.servers.services import Services, running_services
 from innerloop.worker.train import register
 
 ITEMS = 1_000

@@ -16,7 +16,7 @@ from world import connected
 
 from innerloop.config import Settings
 from innerloop.streams.groups import members_with_partitions
-from innerloop.worker.services import Services
+from innerloop.worker.servers.services import Services
 
 WORKERS = 2
 """Of each kind, in fair weather."""

@@ -17,9 +17,9 @@ from innerloop.streams.publisher import Publisher
 from innerloop.streams.tail import Tail
 from innerloop.streams.topics import catalogue, ensure_topics
 from innerloop.streams.whole_topic import whole_topic
-from innerloop.worker import console_names
-from innerloop.worker.console_names import Names
-from innerloop.worker.demo_names import publish_items
+from innerloop.worker.console import names as console_names
+from innerloop.worker.console.names import Names
+from innerloop.worker.demo.names import publish_items
 
 GARBAGE: dict[str, tuple[str | bytes, bytes]] = {
     "no JSON": ("a", b"not an item"),

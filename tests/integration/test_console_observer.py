@@ -22,10 +22,10 @@ from innerloop.streams.dead_letters import DeadLetter
 from innerloop.streams.offsets import LogEnds
 from innerloop.streams.tail import Tail
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.console_observer import Observer
-from innerloop.worker.console_quality import WindowReader
-from innerloop.worker.console_sources import LiveSource
-from innerloop.worker.console_stored import StoredSource
+from innerloop.worker.console.observer import Observer
+from innerloop.worker.console.quality import WindowReader
+from innerloop.worker.console.sources import LiveSource
+from innerloop.worker.console.stored import StoredSource
 
 HOUR = 3_600_000
 

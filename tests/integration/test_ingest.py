@@ -40,7 +40,7 @@ from innerloop.streams.loop import Loop
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics, topic_ids
 from innerloop.trends import ACTIVITY
-from innerloop.worker.services import Services, running_services
+from innerloop.worker.servers.services import Services, running_services
 
 SECONDS = 30.0
 CAPACITY = 8

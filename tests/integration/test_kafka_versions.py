@@ -27,8 +27,8 @@ from innerloop.evaluation.judge.evidence import gathered, rules_of
 from innerloop.evaluation.judge.verdict import judge
 from innerloop.streams import clients, loop
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker import kafka_jars
-from innerloop.worker.kafka_server import KafkaServer
+from innerloop.worker.servers import kafka_jars
+from innerloop.worker.servers.kafka import KafkaServer
 
 OLD = "3.9.1"
 

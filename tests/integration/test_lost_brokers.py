@@ -30,7 +30,7 @@ from innerloop.streams.publisher import Publisher
 from innerloop.streams.tail import Tail
 from innerloop.streams.topics import ensure_topics
 from innerloop.streams.watch import OutputWatch, Stranger, owner_headers
-from innerloop.worker.kafka_server import KafkaServer
+from innerloop.worker.servers.kafka import KafkaServer
 
 ROUNDS, PRODUCERS = 12, 12
 

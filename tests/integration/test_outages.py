@@ -48,8 +48,8 @@ from innerloop.store.migrate import migrate
 from innerloop.streams import clients, waiting
 from innerloop.streams.offsets import end_offsets
 from innerloop.streams.topics import ensure_topics, topic_ids
-from innerloop.worker.kafka_server import KafkaServer
-from innerloop.worker.services import Services, running_services
+from innerloop.worker.servers.kafka import KafkaServer
+from innerloop.worker.servers.services import Services, running_services
 
 AWAY_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "8"))
 """How long an outage lasts here; OUTAGE_SECONDS=600 takes the ten minutes of the promise."""

@@ -25,9 +25,9 @@ from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.quality import Quality
-from innerloop.worker.quality_security import credentials
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.quality.app import Quality
+from innerloop.worker.quality.security import credentials
+from innerloop.worker.servers.watched_process import free_ports
 
 T = TypeVar("T")
 QUALITY = {

@@ -18,7 +18,7 @@ from faust.types import StreamT
 
 from innerloop.config import KafkaSettings
 from innerloop.streams import clients
-from innerloop.worker.services import Services
+from innerloop.worker.servers.services import Services
 
 Agent = Callable[[StreamT[bytes]], Coroutine[Any, Any, None]]
 

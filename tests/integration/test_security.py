@@ -54,10 +54,10 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.offsets import LogEnds
 from innerloop.streams.watch import OutputWatch
-from innerloop.worker import console_names
 from innerloop.worker.cli import app
-from innerloop.worker.console_names import Names
-from innerloop.worker.demo_names import publish_items
+from innerloop.worker.console import names as console_names
+from innerloop.worker.console.names import Names
+from innerloop.worker.demo.names import publish_items
 from innerloop.worker.train_items import items_on_topic
 
 CANARIES = (PASSWORD, KEY_PASSWORD, "canary-of-an-ssl-password")

@@ -16,16 +16,16 @@ from confluent_kafka.cimpl import NewTopic
 
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings
 from innerloop.errors import ServiceError, SettingsError
-from innerloop.worker import kafka_jars, postgres_server, services
-from innerloop.worker.kafka_server import KafkaServer
-from innerloop.worker.postgres_server import PostgresServer
-from innerloop.worker.services import Services, running_services
+from innerloop.worker.servers import kafka_jars, postgres, services
+from innerloop.worker.servers.kafka import KafkaServer
+from innerloop.worker.servers.postgres import PostgresServer
+from innerloop.worker.servers.services import Services, running_services
 
 OURS = Settings(kafka=KafkaSettings(bootstrap_servers=""), database=DatabaseSettings())
 OWN_PARENT = """
 import os, sys, time
 from innerloop.config import DatabaseSettings, KafkaSettings, Settings
-from innerloop.worker.services import running_services
+from innerloop.worker.servers.services import running_services
 
 with running_services(Settings(kafka=KafkaSettings(), database=DatabaseSettings()), announce=lambda _: None) as both:
     if os.fork() == 0:  # a worker that lives on must not keep the servers alive
@@ -173,7 +173,7 @@ def test_a_taken_port_and_a_broken_folder_are_said(both: Services, tmp_path: Pat
 def test_up_runs_until_sigterm() -> None:
     code = (
         "from innerloop.config import DatabaseSettings, KafkaSettings, Settings\n"
-        "from innerloop.worker.services import up\n"
+        "from innerloop.worker.servers.services import up\n"
         "up(Settings(kafka=KafkaSettings(), database=DatabaseSettings()), None, lambda line: print(line, flush=True))\n"
     )
     lines = []
@@ -193,8 +193,8 @@ def test_up_runs_until_sigterm() -> None:
 def test_programs_that_postgres_cannot_reach_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() != 0:
         pytest.skip("an ordinary user can reach its own programs")
-    wheel = postgres_server.wheel_folder()
-    monkeypatch.setattr(postgres_server, "closed_to_others", lambda path: path if path == wheel else None)
+    wheel = postgres.wheel_folder()
+    monkeypatch.setattr(postgres, "closed_to_others", lambda path: path if path == wheel else None)
     for each in (tmp_path, *tmp_path.parents[:2]):
         each.chmod(0o711)
     server = PostgresServer(tmp_path / "postgres")

@@ -18,7 +18,7 @@ from innerloop.store.releases import newest_few
 from innerloop.streams import clients
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics
-from innerloop.worker.demo_names import publish_items
+from innerloop.worker.demo.names import publish_items
 from innerloop.worker.train import Source, run_train
 from innerloop.worker.train_items import items_on_topic
 

@@ -13,7 +13,7 @@ from innerloop.store.database import connect, transaction
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.postgres_server import wheel_folder
+from innerloop.worker.servers.postgres import wheel_folder
 
 Wait = Callable[..., None]
 EVENT = '{{"event_id":"e{0}","event_type":"click","user_id":"u{1}","item_id":"i{2}","event_time":{3}}}'

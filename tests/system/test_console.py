@@ -31,9 +31,9 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.lag import group_lag
 from innerloop.streams.offsets import end_offsets
 from innerloop.streams.whole_topic import whole_topic
-from innerloop.worker.demo_names import named, publish_items
+from innerloop.worker.demo.names import named, publish_items
 from innerloop.worker.scrape import Scraped, scrape
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.watched_process import free_ports
 
 Wait = Callable[..., None]
 CHROMIUM = Path("/usr/bin/chromium")

@@ -22,8 +22,8 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.kafka_server import KafkaServer
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.kafka import KafkaServer
+from innerloop.worker.servers.watched_process import free_ports
 
 Wait = Callable[..., None]
 EVENT = '{{"event_id":"e{0}","event_type":"click","user_id":"u{1}","item_id":"i","event_time":1750000000000}}'
@@ -213,7 +213,7 @@ def test_quality_leaves_when_it_is_told_to_though_its_broker_is_gone(
 _HANGS = """
 import asyncio
 from innerloop.config import load_settings
-from innerloop.worker import quality
+from innerloop.worker.quality import app as quality
 
 async def hangs(self, stopping):
     print("runs", flush=True)

@@ -17,8 +17,8 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import LagReader, PartitionLag
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.kafka_jars import cache_folder, chosen_version, fetch_jar, maven, provide_jars
-from innerloop.worker.kafka_server import KafkaServer, find_java
+from innerloop.worker.servers.kafka import KafkaServer, find_java
+from innerloop.worker.servers.kafka_jars import cache_folder, chosen_version, fetch_jar, maven, provide_jars
 
 Wait = Callable[..., None]
 Partition = tuple[str, int]

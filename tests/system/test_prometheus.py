@@ -22,7 +22,7 @@ from innerloop.config import Settings
 from innerloop.evaluation.shop import Shop
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.topics import ensure_topics
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.watched_process import free_ports
 
 SECONDS_OF_A_MINUTE = 3
 NOT_HERE = {"innerloop_gpu_memory_bytes", "innerloop_gpu_busy_ratio"}  # where there is no GPU

@@ -1,6 +1,6 @@
 import math
 
-from innerloop.worker.console_history import POINTS, History
+from innerloop.worker.console.history import POINTS, History
 
 
 def test_an_hour_is_kept_and_thinned() -> None:

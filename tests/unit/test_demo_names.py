@@ -1,7 +1,7 @@
 from collections import Counter
 
 from innerloop.evaluation.shop import Shop
-from innerloop.worker.demo_names import named
+from innerloop.worker.demo.names import named
 
 
 def test_each_item_has_a_name_of_its_own_and_a_category_one_kind_of_thing() -> None:

@@ -105,7 +105,12 @@ def test_its_context_holds_what_it_copies_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        ["innerloop.ingest", "innerloop.worker.processes", "innerloop.worker.quality", "innerloop.worker.console"],
+        [
+            "innerloop.ingest",
+            "innerloop.worker.processes",
+            "innerloop.worker.quality.app",
+            "innerloop.worker.console.serve",
+        ],
         ["innerloop.adapt", "innerloop.worker.train"],
     ],
     ids=["without torch", "with torch"],

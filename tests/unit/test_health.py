@@ -14,7 +14,7 @@ from innerloop.config import HttpSettings
 from innerloop.errors import SettingsError
 from innerloop.worker.endpoint import listening
 from innerloop.worker.health import Health
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.watched_process import free_ports
 
 
 @dataclass

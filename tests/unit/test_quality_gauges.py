@@ -11,8 +11,8 @@ from prometheus_client import REGISTRY
 from innerloop import schemas
 from innerloop.config import Settings
 from innerloop.evaluation.quality.record import Group, QualityWindow
-from innerloop.worker.quality import Quality
-from innerloop.worker.quality_gauges import WindowGauges
+from innerloop.worker.quality.app import Quality
+from innerloop.worker.quality.gauges import WindowGauges
 
 EXAMPLE = msgspec.json.decode(schemas.read("examples/quality_window.two_arms.json"), type=QualityWindow)
 MINUTE = 60_000

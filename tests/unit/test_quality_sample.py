@@ -3,7 +3,7 @@ import json
 from innerloop.config import Settings
 from innerloop.evaluation.quality.state import Click
 from innerloop.holdout import in_hold_out
-from innerloop.worker.quality_sample import Reader, Record, Sampler
+from innerloop.worker.quality.sample import Reader, Record, Sampler
 
 USERS = [f"user-{n}".encode() for n in range(4_000)]
 HEAD = {"user_id": "u", "model_version": 2, "support_version": 3, "support_size": 1, "event_time": 5, "scored_at": 6}

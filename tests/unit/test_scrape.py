@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 
 from innerloop.worker.scrape import Latency, Scraped, answers, quantile, scrape
-from innerloop.worker.watched_process import free_ports
+from innerloop.worker.servers.watched_process import free_ports
 
 NAME = "innerloop_event_to_score_seconds"
 BUCKETS = (0.01, 0.02, 0.05, 0.1, 1.0)

@@ -1,7 +1,7 @@
 """Apache Kafka as one child process: broker and controller in one, on free ports of 127.0.0.1.
 
-    python -m innerloop.worker.kafka_server lock 4.3.0    makes the lock of a version (a maintainer's errand)
-    python -m innerloop.worker.kafka_server image 4.3.0   makes the start-up image (done by itself after the first stop)
+    python -m innerloop.worker.servers.kafka lock 4.3.0    makes the lock of a version (a maintainer's errand)
+    python -m innerloop.worker.servers.kafka image 4.3.0   makes the start-up image (done by itself after a stop)
 
 What shortens the start, measured on 2 cores: no second Java for the storage format after the first time (2.5 s), and
 Java's ahead-of-time cache of Kafka's loaded classes, the image (3.5 s becomes 1.5 s).
@@ -273,7 +273,7 @@ def _new_id() -> str:
 def _make_image_in_background(version: str) -> None:
     """At the lowest priority and in nobody's way: a stop does not wait for it, and the next start can do without."""
     subprocess.Popen(
-        [sys.executable, "-m", "innerloop.worker.kafka_server", "image", version],
+        [sys.executable, "-m", "innerloop.worker.servers.kafka", "image", version],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str]) -> int:
     """`lock VERSION` or `image VERSION`."""
     errands = {"lock": write_lock, "image": make_image}
     if len(arguments) != 2 or arguments[0] not in errands:  # noqa: PLR2004
-        sys.stderr.write("usage: python -m innerloop.worker.kafka_server lock|image VERSION\n")
+        sys.stderr.write("usage: python -m innerloop.worker.servers.kafka lock|image VERSION\n")
         return 2
     errands[arguments[0]](arguments[1])
     return 0

@@ -12,7 +12,7 @@ from innerloop.store.item_names import ItemNames
 from innerloop.streams.batch import Record
 from innerloop.streams.tail import Tail
 
-from .console_repeated import Repeated
+from .repeated import Repeated
 
 _LOG = structlog.get_logger(__name__)
 _EVERY_SECONDS = 1.0

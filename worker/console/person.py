@@ -8,8 +8,8 @@ from nicegui import run, ui
 
 from innerloop.errors import InnerloopError
 
-from .console_lookup import Person, as_time
-from .console_parts import Table, heading
+from .lookup import Person, as_time
+from .parts import Table, heading
 
 _LOG = structlog.get_logger(__name__)
 _NAMED = 5

@@ -43,14 +43,14 @@ from innerloop.evaluation.quality.state import Batch, Progress, User
 from innerloop.evaluation.quality.windows import QualityWindows, WindowShape
 from innerloop.streams.clients import require_broker
 from innerloop.streams.topics import partition_counts
+from innerloop.worker.endpoint import listening
+from innerloop.worker.gauges import LagGauges, measured
+from innerloop.worker.health import Health
+from innerloop.worker.processes import stop_on_signals
 
-from .endpoint import listening
-from .gauges import LagGauges, measured
-from .health import Health
-from .processes import stop_on_signals
-from .quality_gauges import WindowGauges
-from .quality_sample import Reader, Record, Sampler
-from .quality_security import credentials
+from .gauges import WindowGauges
+from .sample import Reader, Record, Sampler
+from .security import credentials
 
 _LOG = structlog.get_logger(__name__)
 _TAKEN, _WITHIN_SECONDS = 1_000, 0.25

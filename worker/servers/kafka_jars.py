@@ -59,7 +59,7 @@ def read_lock(version: str) -> list[Jar]:
     if version not in locked_versions():
         raise SettingsError(
             f"INNERLOOP_KAFKA_VERSION is {version!r}, but there are locks for {', '.join(locked_versions())} only: "
-            "choose one of these, or make a lock with `python -m innerloop.worker.kafka_server lock <version>`."
+            "choose one of these, or make a lock with `python -m innerloop.worker.servers.kafka lock <version>`."
         )
     lock = (LOCK_FOLDER / f"kafka-{version}.lock").read_text()
     lines = [line.split() for line in lock.splitlines() if line and not line.startswith("#")]
@@ -184,6 +184,6 @@ def write_lock(version: str) -> Path:
     """Make `kafka-<version>.lock` from a fresh resolution; a person looks at the change before it is kept."""
     path = LOCK_FOLDER / f"kafka-{version}.lock"
     jars = sorted(resolve(version), key=lambda jar: jar.coordinate)
-    lines = [f"# Apache Kafka {version}; made by `python -m innerloop.worker.kafka_server lock {version}`"]
+    lines = [f"# Apache Kafka {version}; made by `python -m innerloop.worker.servers.kafka lock {version}`"]
     path.write_text("\n".join([*lines, *(f"{jar.sha256}  {jar.coordinate}" for jar in jars)]) + "\n")
     return path

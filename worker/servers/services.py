@@ -16,8 +16,8 @@ from pathlib import Path
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
 
-from .kafka_server import KafkaServer
-from .postgres_server import PostgresServer, closed_to_others
+from .kafka import KafkaServer
+from .postgres import PostgresServer, closed_to_others
 
 Server = KafkaServer | PostgresServer
 LOOK_SECONDS = 0.2

@@ -12,7 +12,7 @@ from innerloop.evaluation.shop import Shop
 from innerloop.events import CODES
 from innerloop.shop_items import Item
 
-from .demo_names import named
+from .names import named
 
 _SHOP_HISTORY = 100_000
 _CHUNK = 2_000

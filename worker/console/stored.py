@@ -11,11 +11,11 @@ from innerloop.store.releases import RegisteredRelease
 from innerloop.streams.dead_letter_queue import DeadLetterQueue
 from innerloop.streams.lag import LagReader
 from innerloop.streams.offsets import LogEnds
+from innerloop.worker.dead_letters import Group, grouped
+from innerloop.worker.lag_watch import GroupLag, LagWatch
 
-from .console_quality import WindowReader
-from .console_repeated import Tries
-from .dead_letters import Group, grouped
-from .lag_watch import GroupLag, LagWatch
+from .quality import WindowReader
+from .repeated import Tries
 
 STATEMENT_SECONDS = 5.0
 """The console gives up a statement that takes longer: behind a lock, or over a table that is too large for it."""

@@ -6,12 +6,12 @@ import time
 from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.streams.lag import PartitionLag
+from innerloop.worker.health import Health, Verdict
 
-from .console_history import History
-from .console_repeated import Repeated
-from .console_sources import Live, LiveSource
-from .console_stored import Stored, StoredSource
-from .health import Health, Verdict
+from .history import History
+from .repeated import Repeated
+from .sources import Live, LiveSource
+from .stored import Stored, StoredSource
 
 _LIVE_SECONDS, _STORED_SECONDS = 1.0, 5.0
 _OLD_SECONDS = 60.0

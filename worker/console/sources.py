@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from innerloop.config import Settings
 from innerloop.streams.lag import LagReader
 from innerloop.streams.offsets import LogEnds
+from innerloop.worker.lag_watch import GroupLag, LagWatch
+from innerloop.worker.scrape import Latency, Scraped, scrape
 
-from .console_repeated import Tries
-from .lag_watch import GroupLag, LagWatch
-from .scrape import Latency, Scraped, scrape
+from .repeated import Tries
 
 MINUTE_LOOKS = 60
 """Looks are a second apart."""

@@ -13,7 +13,7 @@ from innerloop.scores import AdScores, RecommendationScores
 from innerloop.store import items, releases, support_sets
 from innerloop.store.database import Database, transaction
 
-from .console_names import Names
+from .names import Names
 
 _TYPES = {code: name for name, code in CODES.items()}
 

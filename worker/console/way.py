@@ -6,11 +6,11 @@ import time
 from nicegui import ui
 
 from innerloop.config import Settings
+from innerloop.worker.lag_watch import GroupLag
 
-from .console_parts import COLOURS, as_rate, as_seconds, as_span, heading
-from .console_sources import SCORED, STORED, WHOLE, Flow, Live, Percentiles, group_named
-from .console_stored import Stored
-from .lag_watch import GroupLag
+from .parts import COLOURS, as_rate, as_seconds, as_span, heading
+from .sources import SCORED, STORED, WHOLE, Flow, Live, Percentiles, group_named
+from .stored import Stored
 
 # Four steps with three ways between them from left to right, what branches off below; on a phone all is one column.
 _COLUMNS = "w-full gap-x-3 gap-y-2 grid-cols-1 lg:grid-cols-[1fr_1.1fr_1fr_1.1fr_1fr_1.1fr_1fr]"

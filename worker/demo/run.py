@@ -26,18 +26,18 @@ from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.lag import LagReader
 from innerloop.streams.offsets import end_offsets
 from innerloop.streams.topics import ensure_topics
+from innerloop.worker.pool import Pool
+from innerloop.worker.processes import stop_on_signals
+from innerloop.worker.replay import Pace, encode_events
+from innerloop.worker.scrape import answers
+from innerloop.worker.servers.services import running_services
+from innerloop.worker.servers.watched_process import free_ports, require_free
+from innerloop.worker.train import train_release
 
-from .demo_live import Subscriber
-from .demo_names import publish_items
-from .demo_source import Source, file_source, shop_source
-from .demo_table import Tick, table, tick_line
-from .pool import Pool
-from .processes import stop_on_signals
-from .replay import Pace, encode_events
-from .scrape import answers
-from .services import running_services
-from .train import train_release
-from .watched_process import free_ports, require_free
+from .live import Subscriber
+from .names import publish_items
+from .source import Source, file_source, shop_source
+from .table import Tick, table, tick_line
 
 _DRAIN_SECONDS = 120.0
 _TICK_SECONDS = 1.0

@@ -8,14 +8,14 @@ from prometheus_client import make_asgi_app
 from innerloop.config import Settings
 from innerloop.store.database import connect, require_tables
 from innerloop.streams.clients import require_broker
+from innerloop.worker.health import Verdict
+from innerloop.worker.processes import stop_on_signals
 
-from .console_lookup import Person, look_up
-from .console_names import Names
-from .console_observer import Observer
-from .console_page import Page
-from .console_stored import STATEMENT_SECONDS
-from .health import Verdict
-from .processes import stop_on_signals
+from .lookup import Person, look_up
+from .names import Names
+from .observer import Observer
+from .page import Page
+from .stored import STATEMENT_SECONDS
 
 _LOG = structlog.get_logger(__name__)
 

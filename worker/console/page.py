@@ -7,16 +7,16 @@ from nicegui import ui
 
 from innerloop.config import Settings
 from innerloop.evaluation.quality.record import CUTOFFS, Group, QualityWindow
+from innerloop.worker.lag_watch import GroupLag
 
-from .console_lookup import Person, as_time
-from .console_observer import Observer
-from .console_parts import COLOURS, Plot, Table, as_figure, heading
-from .console_person import PersonCard
-from .console_quality import at_cutoff, hit_rates
-from .console_sources import Live
-from .console_stored import Stored
-from .console_way import Way
-from .lag_watch import GroupLag
+from .lookup import Person, as_time
+from .observer import Observer
+from .parts import COLOURS, Plot, Table, as_figure, heading
+from .person import PersonCard
+from .quality import at_cutoff, hit_rates
+from .sources import Live
+from .stored import Stored
+from .way import Way
 
 _EVERY_SECONDS = 1.0
 _PLOT_EVERY = 2

@@ -1,0 +1,1 @@
+"""The whole loop in one command, watched from outside: `innerloop demo`."""

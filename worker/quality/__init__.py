@@ -1,0 +1,1 @@
+"""The windowed join that tells what adaptation is worth, on Faust: `innerloop quality`."""
