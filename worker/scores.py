@@ -11,9 +11,6 @@ from innerloop.config import Settings
 from innerloop.errors import RetryError, ServiceError
 from innerloop.scores import AdScores, RecommendationScores
 
-_CHANCES = {"purchase_given_click": "bought if clicked", "click": "clicked if shown"}
-"""Kinds of ads' scores that are one probability, and of what."""
-
 
 def show_scores(settings: Settings, user_id: str) -> int:
     """Print one user's recommendations and ads, best first, and return the exit code: 1 for a user without either.
@@ -44,19 +41,26 @@ def _table(record: RecommendationScores | AdScores) -> Table:
     )
     table.add_column("rank", justify="right")
     if isinstance(record, AdScores):
-        table.add_column("ad")
-    table.add_column("item")
-    chance = _CHANCES.get(record.kind) if isinstance(record, AdScores) else None
-    table.add_column(chance or "score", justify="right")
-    if isinstance(record, AdScores):
-        for rank, ad in enumerate(record.ads, 1):
-            table.add_row(
-                str(rank), escape(ad.ad_id), escape(ad.item_id), f"{ad.score:.2%}" if chance else f"{ad.score:.4f}"
-            )
+        _add_ads(table, record)
     else:
-        for rank, item in enumerate(record.items, 1):
-            table.add_row(str(rank), escape(item.item_id), f"{item.score:.4f}")
+        _add_items(table, record)
     return table
+
+
+def _add_items(table: Table, record: RecommendationScores) -> None:
+    table.add_column("item")
+    table.add_column("score", justify="right")
+    for rank, item in enumerate(record.items, 1):
+        table.add_row(str(rank), escape(item.item_id), f"{item.score:.4f}")
+
+
+def _add_ads(table: Table, record: AdScores) -> None:
+    table.add_column("ad")
+    table.add_column("item")
+    for name in record.columns:
+        table.add_column(name, justify="right")
+    for rank, ad in enumerate(record.ads, 1):
+        table.add_row(str(rank), escape(ad.ad_id), escape(ad.item_id), *record.written(ad))
 
 
 def _text(epoch_ms: int) -> str:

@@ -2,7 +2,8 @@
 
 The events before the first moment go through at full speed, the others at a rate; just before an event that is asked
 for is sent, its user's newest list on the topic is held against it. What differs from the protocol's own figures is
-the effect of latency: a list that names an older state because the newer one was still on its way.
+the effect of latency: a list that names an older state because the newer one was still on its way. Lists of the newest
+state are told apart: on them, both should be the same but for what moves with all users.
 """
 
 import json
@@ -121,7 +122,7 @@ class _Run:
 
     def _live(self, rows: Ints, first: int, pace: Pace) -> Heard:
         asked = dict(zip(rows.tolist(), range(len(rows)), strict=True))
-        ranks, late, due = np.full(len(rows), -1), 0, 0
+        ranks, newest, due = np.full(len(rows), -1), np.zeros(len(rows), np.bool_), 0
         for row in range(first, int(rows[-1]) + 1):
             while due == 0:
                 due = pace.due()
@@ -130,15 +131,13 @@ class _Run:
             due -= 1
             at = asked.get(row)
             if at is not None:
-                ranks[at], behind = self._rank(row)
-                late += behind
+                ranks[at], newest[at] = self._rank(row)
             self._send(row)
         self._drain()
-        answered = int((ranks >= 0).sum())
-        return Heard(ranks, {"moments": answered, "older_state": late / max(1, answered)})
+        return Heard(ranks, newest)
 
     def _rank(self, row: int) -> tuple[int, bool]:
-        """The rank of a row's item on its user's list, 0 if it isn't there; whether the list is of an older state."""
+        """The rank of a row's item on its user's list, 0 if it isn't there; whether the list is of the newest state."""
         log, record = self._log, self._records.get(self._log.user_ids[self._log.users[row]])
         if record is None or log.earlier[row] == log.first[row]:
             return -1, False
@@ -148,7 +147,7 @@ class _Run:
         numbers = [self._item_numbers.get(item.item_id, -1) for item in record.items]
         listed = [number for number in numbers if number not in gone]
         rank = listed.index(log.items[row]) + 1 if log.items[row] in listed else 0
-        return rank, record.event_time < newest
+        return rank, record.event_time >= newest
 
     def _send(self, row: int) -> None:
         log = self._log

@@ -8,6 +8,12 @@ Identifier = Annotated[str, msgspec.Meta(min_length=1)]
 Model = Literal["recommendations", "ads"]
 Arm = Literal["adapted", "hold_out"]
 AdsKind = Literal["click", "click_and_purchase", "purchase_given_click", "ranking"]
+_CHANCES: dict[str, tuple[str, ...]] = {
+    "click": ("clicked if shown",),
+    "purchase_given_click": ("bought if clicked",),
+    "click_and_purchase": ("clicked if shown", "bought if clicked", "clicked and bought if shown"),
+}
+"""By kind, of what an ad's score is the probability, after those that it is the product of."""
 
 
 class AdaptationRequest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -81,3 +87,15 @@ class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
     ads: list[ScoredAd]
     kind: AdsKind | str = "ranking"
     """One that isn't known here is a later version's: a ranking."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What `written` writes of each ad, the score last, in words."""
+        return _CHANCES.get(self.kind, ("score",))
+
+    def written(self, ad: ScoredAd) -> tuple[str, ...]:
+        """An ad's score for people to read: probabilities in percent, a number where it only ranks."""
+        if self.kind not in _CHANCES:
+            return (f"{ad.score:.4f}",)
+        factors = (ad.click, ad.purchase_given_click) if len(self.columns) > 1 else ()
+        return tuple("" if chance is None else f"{chance:.2%}" for chance in (*factors, ad.score))

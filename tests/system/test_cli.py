@@ -276,6 +276,7 @@ def test_a_stream_is_judged_offline_and_through_kafka_alike(bare_shell: Shell) -
     assert {"default", "bayes", "anil", "cavia", "maml", "reptile", "none", "placebo", "stale-1h"} < set(rates)
     assert {"popularity", "recents", "item-knn", "vsknn", "ials", "sasrec"} < set(rates)
     assert rates["through-kafka"] > 0.5 * rates["default, same moments"]
+    assert rates["through-kafka, newest state"] == pytest.approx(rates["default, newest state"], abs=0.1)
     assert rates["default"] > rates["placebo"]
     assert "<table>" in (bare_shell.folder / "out" / "report.html").read_text()
 

@@ -305,7 +305,8 @@ def test_a_live_run_is_judged_at_its_own_moments_next_to_default(events: pl.Data
     def live(
         _log: StreamLog, rows: np.ndarray[tuple[int], np.dtype[np.int64]], _release: Release, _options: StreamOptions
     ) -> Heard:
-        return Heard(np.where(np.arange(len(rows)) % 2, 1, -1), {"late": 3})
+        number = np.arange(len(rows))
+        return Heard(np.where(number % 2, 1, -1), number % 4 == 1)
 
     options = replace(OPTIONS, every=4)
     outcome = run(_write(tmp_path, events), options, tell=_quiet, live=live)
@@ -315,7 +316,12 @@ def test_a_live_run_is_judged_at_its_own_moments_next_to_default(events: pl.Data
     assert np.isnan(heard[~asked]).all()
     assert np.isnan(same[~asked]).all()
     assert same[asked].tolist() == outcome.means["default"]["hr@10"][asked].tolist()
-    assert outcome.facts["through_kafka"] == {"late": 3}
+    newest = np.arange(len(outcome.users)) % 4 == 1
+    for arm, whole in (("through-kafka", heard), ("default", same)):
+        of_newest = outcome.means[f"{arm}, newest state"]["hr@10"]
+        assert np.isnan(of_newest[~newest]).all()
+        assert of_newest[newest].tolist() == whole[newest].tolist()
+    assert outcome.facts["through_kafka"] == {"moments": asked.sum(), "older_state": 1 - newest.sum() / asked.sum()}
 
 
 # --- which moments

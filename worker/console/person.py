@@ -109,10 +109,11 @@ def _show_person(person: Person | None) -> None:
 
 
 def _show_ads(person: Person) -> None:
-    if person.ads is None:
+    listed = person.ads
+    if listed is None:
         return
-    kind = person.ads.kind.replace("_", " ")
-    ads = Table(f"Ads, {kind}", "rank", "ad", "item", "score", numbers=["rank", "score"], test="ads")
+    kind, columns = listed.kind.replace("_", " "), listed.columns
+    ads = Table(f"Ads, {kind}", "rank", "ad", "item", *columns, numbers=["rank", *columns], test="ads")
     ads.show(
         [
             {
@@ -121,9 +122,9 @@ def _show_ads(person: Person) -> None:
                 "ad": ad.ad_id,
                 "item": ad.item_id,
                 "name": person.names.get(ad.item_id),
-                "score": f"{ad.score:.4f}",
+                **dict(zip(columns, listed.written(ad), strict=True)),
             }
-            for place, ad in enumerate(person.ads.ads, 1)
+            for place, ad in enumerate(listed.ads, 1)
         ]
     )
 

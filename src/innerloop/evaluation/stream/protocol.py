@@ -31,16 +31,29 @@ from innerloop.trends import SAME_VISIT_MS
 
 @dataclass(frozen=True)
 class Heard:
-    """The rank [Q] of each moment's item on the list that was there, -1 where there was none; and how late it was."""
+    """The rank [Q] of each moment's item on the list that was there, -1 where there was none."""
 
     ranks: Ints
-    facts: Mapping[str, object]
+    newest: Bools
+    """Which lists [Q] were of the user's newest state: no event of theirs was still on its way."""
+
+    @property
+    def lists(self) -> Bools:
+        """Which moments [Q] had a list."""
+        return self.ranks >= 0
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """How many of them there were, and the share of lists that a newer one was about to follow."""
+        count = int(self.lists.sum())
+        return {"moments": count, "older_state": 1 - int((self.lists & self.newest).sum()) / max(1, count)}
 
 
 Live = Callable[[StreamLog, Ints, Release, StreamOptions], Heard]
 """Sends a log through the service and judges the moments just before its rows."""
 _SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 2**62)}
 _DAY = 86_400_000
+_DIFFERENCES = (("through-kafka", "default"), ("through-kafka, newest state", "default"))
 
 
 def moments(log: StreamLog, options: StreamOptions, start: int) -> Ints:
@@ -113,7 +126,9 @@ def run(
         tell("through Kafka", 0.9)
         heard = live(log, rows, release, options)
         answers["through-kafka"] = heard.ranks
-        answers["default, same moments"] = np.where(heard.ranks >= 0, answers["default"], -1)
+        answers["default, same moments"] = np.where(heard.lists, answers["default"], -1)
+        for name in ("through-kafka", "default"):
+            answers[f"{name}, newest state"] = np.where(heard.lists & heard.newest, answers[name], -1)
         facts["through_kafka"] = heard.facts
     return _outcome(log, rows, options, answers=answers, release=release, facts=facts)
 
@@ -150,7 +165,7 @@ def _outcome(
         users=log.users[rows],
         baselines=frozenset(BASELINES),
         means=means,
-        differences=(("through-kafka", "default"),),
+        differences=_DIFFERENCES,
         slices=_slices(log, rows, options),
         release=f"{release.version} ({release.card.method}, trained on {release.card.data.events} events)",
         facts={
