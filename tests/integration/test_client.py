@@ -201,11 +201,15 @@ def test_a_reader_that_cannot_keep_up_in_time_says_so(settings: Settings, topic:
 
 
 @pytest.mark.parametrize(
-    ("kind", "heading", "score"),
+    ("kind", "columns"),
     [
-        ("ranking", "score", "0.2500"),
-        ("click", "clicked if shown", "25.00%"),
-        ("of a later version", "score", "0.2500"),
+        ("ranking", ["score", "0.2500"]),
+        ("click", ["clicked if shown", "25.00%"]),
+        (
+            "click_and_purchase",
+            ["clicked if shown", "bought if clicked", "clicked and bought if shown", "50.00%", "40.00%", "25.00%"],
+        ),
+        ("of a later version", ["score", "0.2500"]),
     ],
 )
 def test_scores_are_shown(  # noqa: PLR0917 - fixtures, and what is shown
@@ -213,11 +217,14 @@ def test_scores_are_shown(  # noqa: PLR0917 - fixtures, and what is shown
     topic: str,
     producer: Producer,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     kind: str,
-    heading: str,
-    score: str,
+    columns: list[str],
 ) -> None:
-    entry = {"ad_id": "ad-1", "item_id": "[red]", "score": 0.25}
+    monkeypatch.setenv("COLUMNS", "160")
+    entry: dict[str, object] = {"ad_id": "ad-1", "item_id": "[red]", "score": 0.25}
+    if kind == "click_and_purchase":
+        entry |= {"click": 0.5, "purchase_given_click": 0.4}
     told = {**msgspec.to_builtins(scores("u[b]", 2)), "model": "ads", "kind": kind, "ads": [entry]}
     ads = msgspec.convert(told, AdScores)
     send(producer, topic, scores("u[b]", 2, item="sku-1"))
@@ -225,6 +232,6 @@ def test_scores_are_shown(  # noqa: PLR0917 - fixtures, and what is shown
     assert producer.flush(10) == 0
     assert show_scores(settings, "u[b]") == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("u[b]", "sku-1", "1.5000", "ad-1", "[red]", heading, score))
+    assert all(text in shown for text in ("u[b]", "sku-1", "1.5000", "ad-1", "[red]", *columns))
     assert show_scores(settings, "nobody") == 1
     assert "User nobody has no scores" in capsys.readouterr().out

@@ -337,6 +337,8 @@ def the_user_is_as_stored_and_published(page: Page, loop: Loop) -> None:
     assert len(ads.ads) == ADS
     assert column(page, "ads", "ad") == [ad.ad_id for ad in ads.ads]
     assert column(page, "ads", "item") == [ad.item_id for ad in ads.ads]
+    for at, title in enumerate(ads.columns):
+        assert column(page, "ads", title) == [ads.written(ad)[at] for ad in ads.ads]
     times = [time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(int(ms) / 1000)) for ms in sets.examples["time"][::-1]]
     assert column(page, "support", "time") == times[:10]
     assert column(page, "support", "item") == loop.items[::-1][:10]
