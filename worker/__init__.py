@@ -1,1 +1,17 @@
-"""The processes: command line, worker pool, embedded services, demo. Start them by `innerloop`."""
+"""The processes, which the `innerloop` command starts.
+
+    cli.py               the command line, which hands over to all others
+    processes.py         what an ingest or adapt process is made of
+    pool.py, devices.py  several of them, on which device each
+    health.py, gauges.py, endpoint.py, logs.py
+                         what each of them tells of itself
+    quality/             what adaptation is worth, in windows, on Faust
+    console/             the live page
+
+    train.py, replay.py, evaluate.py, through_kafka.py
+                         learning and measuring
+    lag.py, scores.py, dlq.py, erase.py
+                         one look, or one errand, of an operator
+    demo/                all of it in one command
+    servers/             a real Kafka and a real PostgreSQL for it, and for the tests
+"""

@@ -2,9 +2,13 @@
 
     tests/bench.sh backlog [--events 5000000] [--adapt-seconds 60] [--json FILE]
 
-backlog.p99_others[.bot]  event produced to list read, of the users of a steady shop (--rate), one ingest and one adapt
-                          process; then again while one bot sends --bot events as fast as the broker takes them.
-backlog.live[.bot].*      events per request, and requests per adaptation (the coalescing factor), of those two.
+backlog.p99_others        event produced to list read, of the users of a steady shop (--rate), one ingest and one adapt
+                          process, for --seconds.
+backlog.p99_others.*      the same while one bot, a process of its own, sends --bot events: `steady` over all that time,
+                          `flood` as fast as the broker takes them; `flood_elsewhere` is the same flood on a topic that
+                          nobody reads, which is what the bot and the broker cost the others by their work alone.
+                          The flood's also of those who share the bot's partition, and of the rest.
+backlog.live[.*].*        events per request, and requests per adaptation (the coalescing factor), of those.
 backlog.ingest.part<n>    then nobody runs while --events are put on the topic; one ingest process takes them, and this
                           is its throughput over each fifth of them, by the ledger, looked at every 0.2 s. The note has
                           its resident memory at the end of that fifth.
@@ -16,16 +20,20 @@ Events are of --users users, drawn by rank^-0.8.
 """
 
 import argparse
+import multiprocessing
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import psutil
 from cluster import Cluster, Database, command, ledger, require_running, running_cluster
+from confluent_kafka import Producer
+from confluent_kafka.admin import NewTopic
 from loop_traffic import Shop, Subscriber, answered
 from machine import CONSOLE, Report, describe, options
 from random_release import random_release
@@ -37,6 +45,7 @@ from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.offsets import end_offsets
+from innerloop.streams.publisher import partition_of
 from innerloop.worker.train import register
 
 _PARTS = 5
@@ -100,26 +109,71 @@ def _others(report: Report, settings: Settings, processes: list[psutil.Process],
     shop.run(asked.rate, 5.0)
     time.sleep(2.0)
     shop.taken()
-    for name in ("", ".bot"):
+    partitions = settings.topics.partitions
+    elsewhere = f"{settings.topics.clicks}.nobody-reads"
+    clients.admin(settings.kafka).create_topics([NewTopic(elsewhere, partitions)])[elsewhere].result(30)
+    bots = {
+        "": None,
+        ".steady": (settings.topics.clicks, asked.seconds),
+        ".flood_elsewhere": (elsewhere, 0.0),
+        ".flood": (settings.topics.clicks, 0.0),
+    }
+    for number, (name, bot) in enumerate(bots.items()):
         counted = _counts(settings)
-        flood = threading.Thread(target=_flood, args=(settings, asked.bot if name else 0))
-        flood.start()
-        shop.run(asked.rate, asked.seconds)
-        flood.join()
+        with _bot(settings, _BOT + number, asked.bot, bot) as go:
+            go.set()
+            shop.run(asked.rate, asked.seconds)
         _settled(settings)
         found = answered(shop.taken(), subscriber.taken())
-        waits = ((found["read"] - found["sent"]).drop_nulls() * 1000).to_numpy()
-        note = f"p50 {np.median(waits):.0f} ms; {found['read'].null_count()} of {len(found)} unanswered"
-        report.add(f"backlog.p99_others{name}", float(np.percentile(waits, 99)), "ms", note)
+        _waits(report, f"backlog.p99_others{name}", found)
+        if name == ".flood":
+            place = partition_of(f"user-{_BOT + number}", partitions)
+            beside = [partition_of(f"user-{user}", partitions) == place for user in found["user"]]
+            _waits(report, f"backlog.p99_others{name}.same_partition", found.filter(beside))
+            _waits(report, f"backlog.p99_others{name}.other_partitions", found.filter(~np.array(beside)))
         _factors(report, f"backlog.live{name}", counted, _counts(settings))
     subscriber.close()
     for process in processes:
         CONSOLE.print(f"  {process.pid}: {_peak(process):.0f} MB at most", highlight=False)
 
 
-def _flood(settings: Settings, count: int) -> None:
-    for values in _records(count, np.full(count, _BOT), "bot", items=1_000):
-        _send(settings, values)
+def _waits(report: Report, name: str, found: pl.DataFrame) -> None:
+    waits = ((found["read"] - found["sent"]).drop_nulls() * 1000).to_numpy()
+    note = f"p50 {np.median(waits):.0f} ms; {found['read'].null_count()} of {len(found)} unanswered"
+    report.add(name, float(np.percentile(waits, 99)), "ms", note)
+
+
+@contextmanager
+def _bot(settings: Settings, user: int, count: int, place: tuple[str, float] | None) -> Iterator[Event]:
+    """A process that sends `count` events of `user` to a topic within so many seconds, once it is told to go."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Event(), context.Event()
+    if place is None:
+        yield go
+        return
+    process = context.Process(target=_be_a_bot, args=(settings, user, count, place, ready, go))
+    process.start()
+    if not ready.wait(60.0):
+        raise SystemExit("The bot did not start.")
+    yield go
+    process.join()
+
+
+def _be_a_bot(  # noqa: PLR0917 - a process's arguments
+    settings: Settings, user: int, count: int, place: tuple[str, float], ready: Event, go: Event
+) -> None:
+    (topic, seconds), parts = place, 200
+    made = _records(count, np.full(count, user), f"bot-{user}", items=1_000)
+    records = [record for some in made for record in some]
+    producer = clients.producer(settings.kafka, linger_ms=20)
+    producer.list_topics(topic, 30.0)
+    ready.set()
+    go.wait()
+    began = time.monotonic()
+    for part in range(parts):
+        time.sleep(max(0.0, began + seconds * part / parts - time.monotonic()))
+        _send(producer, topic, records[part * count // parts : (part + 1) * count // parts])
+    _flush(producer)
 
 
 def _settled(settings: Settings) -> None:
@@ -139,10 +193,12 @@ def _settled(settings: Settings) -> None:
 
 
 def _fill(settings: Settings, asked: argparse.Namespace) -> None:
+    producer = clients.producer(settings.kafka, linger_ms=20)
     share = np.arange(1, asked.users + 1) ** -0.8
     users = np.random.default_rng(1).choice(asked.users, asked.events, p=share / share.sum())
     for values in _records(asked.events, users, "lag", items=asked.items):
-        _send(settings, values)
+        _send(producer, settings.topics.clicks, values)
+    _flush(producer)
     CONSOLE.print(f"  {asked.events:,} events wait", highlight=False)
 
 
@@ -162,16 +218,18 @@ def _records(count: int, users: np.ndarray, name: str, *, items: int) -> Iterato
         ]
 
 
-def _send(settings: Settings, records: list[tuple[str, bytes]]) -> None:
-    producer = clients.producer(settings.kafka, linger_ms=20)
+def _send(producer: Producer, topic: str, records: list[tuple[str, bytes]]) -> None:
     for key, value in records:
         while True:
             try:
-                producer.produce(settings.topics.clicks, value, key)
+                producer.produce(topic, value, key)
             except BufferError:
                 producer.poll(0.05)
             else:
                 break
+
+
+def _flush(producer: Producer) -> None:
     if producer.flush(120.0):
         raise SystemExit("The broker did not take the events.")
 
