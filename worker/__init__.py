@@ -1,5 +1,7 @@
 """The processes, which the `innerloop` command starts.
 
+The way of a command, and where each part is:
+
     cli.py               the command line, which hands over to all others
     processes.py         what an ingest or adapt process is made of
     pool.py, devices.py  several of them, on which device each
