@@ -24,6 +24,7 @@ import torch
 from confluent_kafka import Message, TopicPartition, murmur2
 from counters import counted, counted_since
 from numpy.typing import NDArray
+from offsets import committed, log_ends
 from safetensors.numpy import load_file
 
 from innerloop import metrics
@@ -114,11 +115,9 @@ class World:
 
     def unanswered(self) -> int:
         """How many requests the group has not committed."""
-        topic, group = self.settings.topics.requests, self.settings.kafka.adapt_group
-        with clients.consumer(self.settings.kafka, group) as consumer:
-            places = [TopicPartition(topic, number) for number in range(self.settings.topics.partitions)]
-            done = consumer.committed(places, timeout=10)
-            return sum(consumer.get_watermark_offsets(each, 10)[1] - max(each.offset, 0) for each in done)
+        kafka, topics = self.settings.kafka, self.settings.topics
+        done = committed(kafka, kafka.adapt_group, [topics.requests], topics.partitions)
+        return sum(log_ends(kafka, [topics.requests], topics.partitions).values()) - sum(done.values())
 
     def send(self, topic: str, key: str | bytes, value: bytes | None, epoch: str | None) -> None:
         """Write to a score topic by hand, on the partition of the key."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import OFFSET_END, TopicPartition
+from offsets import committed, log_ends
 from structlog.testing import capture_logs
 from test_adapt import (
     Member,
@@ -160,10 +161,8 @@ def test_who_cannot_read_the_newest_release_takes_nothing_over(world: World) -> 
 def _is_watched(world: World) -> bool:  # noqa: F811
     """Whether the watch has committed what it has seen."""
     topics, kafka = world.settings.topics, world.settings.kafka
-    with clients.consumer(kafka, kafka.adapt_group + "-watch") as consumer:
-        places = [TopicPartition(topics.recommendations, number) for number in range(topics.partitions)]
-        found = consumer.committed(places, timeout=10)
-        return all(each.offset == consumer.get_watermark_offsets(each, 10)[1] for each in found)
+    of_scores = [topics.recommendations], topics.partitions
+    return committed(kafka, kafka.adapt_group + "-watch", *of_scores) == log_ends(kafka, *of_scores)
 
 
 def _with_unanswered(world: World) -> list[str]:  # noqa: F811
@@ -214,12 +213,12 @@ def test_a_gap_in_the_requests_is_passed_only_when_told(world: World) -> None:  
     for _ in range(5):
         world.give("u", EXAMPLES)
         world.ask("u")
-    with clients.consumer(settings.kafka, settings.kafka.adapt_group) as consumer:
-        found = consumer.committed([TopicPartition(topic, n) for n in range(settings.topics.partitions)], timeout=10)
-        [place] = [each for each in found if each.offset > 0]
-    first = place.offset + 4
+    done = committed(settings.kafka, settings.kafka.adapt_group, [topic], settings.topics.partitions)
+    [(_, partition), offset] = next(iter(done.items()))
+    assert len(done) == 1
+    first = offset + 4
     admin = clients.admin(settings.kafka)
-    [deleted] = admin.delete_records([TopicPartition(topic, place.partition, first)]).values()
+    [deleted] = admin.delete_records([TopicPartition(topic, partition, first)]).values()
     deleted.result()
     stopped = Member(settings)
     stopped.start()
@@ -233,4 +232,4 @@ def test_a_gap_in_the_requests_is_passed_only_when_told(world: World) -> None:  
     assert going.error is None
     with transaction(world.engine) as connection:
         gaps = connection.exec_driver_sql("SELECT topic, partition, from_offset, to_offset FROM partition_gaps").all()
-    assert [tuple(gap) for gap in gaps] == [(topic, place.partition, place.offset, first)]
+    assert [tuple(gap) for gap in gaps] == [(topic, partition, offset, first)]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Message, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+from offsets import committed
 from sqlalchemy import text
 from typer.testing import CliRunner, Result
 
@@ -482,5 +483,5 @@ def _configure(world: World, name: str, value: str) -> None:
 
 
 def _committed(world: World) -> int:
-    with clients.consumer(world.settings.kafka, world.settings.kafka.ingest_group) as consumer:
-        return consumer.committed([TopicPartition(world.clicks, 0)], timeout=10)[0].offset
+    kafka = world.settings.kafka
+    return committed(kafka, kafka.ingest_group, [world.clicks], 1).get((world.clicks, 0), 0)

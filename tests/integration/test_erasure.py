@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from confluent_kafka import KafkaException, Message, Producer, TopicPartition, murmur2
+from confluent_kafka import Message, Producer, TopicPartition, murmur2
+from offsets import committed, log_ends
 from sqlalchemy import text
 
 from innerloop import ingest as ingest_module
@@ -120,19 +121,10 @@ class World:
     # --- the broker
 
     def ends(self, topics: Sequence[str]) -> dict[tuple[str, int], int]:
-        with clients.consumer(self.settings.kafka, "test") as consumer:
-            places = [TopicPartition(topic, n) for topic in topics for n in range(self.settings.topics.partitions)]
-            found = {(p.topic, p.partition): consumer.get_watermark_offsets(p, 10)[1] for p in places}
-        return {place: end for place, end in found.items() if end}
+        return log_ends(self.settings.kafka, topics, self.settings.topics.partitions)
 
     def committed(self, group: str, topics: Sequence[str]) -> dict[tuple[str, int], int]:
-        with clients.consumer(self.settings.kafka, group) as consumer:
-            places = [TopicPartition(topic, n) for topic in topics for n in range(self.settings.topics.partitions)]
-            try:
-                found = consumer.committed(places, timeout=10)
-            except KafkaException:  # the group's coordinator is only just starting
-                return {}
-        return {(p.topic, p.partition): p.offset for p in found if p.offset > 0}
+        return committed(self.settings.kafka, group, topics, self.settings.topics.partitions)
 
     def log(self, topic: str, partitions: int | None = None) -> list[Message]:
         count = partitions or self.settings.topics.partitions

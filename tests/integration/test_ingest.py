@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
+import offsets
 import pytest
 import xxhash
 from confluent_kafka import Message, Producer, TopicPartition
@@ -182,16 +183,12 @@ def places(settings: Settings) -> list[TopicPartition]:
 
 
 def ends(settings: Settings) -> dict[tuple[str, int], int]:
-    """Of the partitions that have ever had a record."""
-    with clients.consumer(settings.kafka, "reader") as consumer:
-        found = {(p.topic, p.partition): consumer.get_watermark_offsets(p, 10)[1] for p in places(settings)}
-    return {place: end for place, end in found.items() if end}
+    return offsets.log_ends(settings.kafka, settings.topics.events, settings.topics.partitions)
 
 
 def committed(settings: Settings) -> dict[tuple[str, int], int]:
-    with clients.consumer(settings.kafka, settings.kafka.ingest_group) as consumer:
-        found = consumer.committed(places(settings), timeout=10)
-    return {(p.topic, p.partition): p.offset for p in found if p.offset > 0}
+    kafka, topics = settings.kafka, settings.topics
+    return offsets.committed(kafka, kafka.ingest_group, topics.events, topics.partitions)
 
 
 def reset(settings: Settings, offsets: Mapping[tuple[str, int], int]) -> None:

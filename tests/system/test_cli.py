@@ -10,6 +10,7 @@ import polars as pl
 import psutil
 import pytest
 from confluent_kafka import TopicPartition
+from offsets import committed
 from shell import Shell
 from typer.testing import CliRunner
 
@@ -192,12 +193,6 @@ def stored(settings: Settings) -> dict[tuple[str, int], int]:
     return {(row.topic, row.partition): row.next_offset for row in rows}
 
 
-def committed(settings: Settings, group: str, topics: tuple[str, ...]) -> dict[tuple[str, int], int]:
-    with clients.consumer(settings.kafka, group) as consumer:
-        asked = [TopicPartition(topic, n) for topic in topics for n in range(settings.topics.partitions)]
-        return {(p.topic, p.partition): p.offset for p in consumer.committed(asked, timeout=10) if p.offset > 0}
-
-
 def behind(shell: Shell) -> int:
     shown = shell.run("lag", "--json")
     assert shown.code == 0, shown.err
@@ -223,7 +218,7 @@ def test_replay_train_ingest_adapt_scores(shell: Shell, settings: Settings, shop
 
     replay = shell.start("replay", str(shop), "--rate", "max", "--start", "0.5")
     assert shell.finish(replay).out.splitlines()[-1].startswith("10000 events")
-    wait_for(lambda: committed(settings, kafka.adapt_group, (topics.requests,)))
+    wait_for(lambda: committed(kafka, kafka.adapt_group, [topics.requests], topics.partitions))
     # Under way: both are told to stop.
     began = time.monotonic()
     ingest.terminate()
@@ -232,7 +227,7 @@ def test_replay_train_ingest_adapt_scores(shell: Shell, settings: Settings, shop
     assert time.monotonic() - began < 10
     assert (ended.code, adapted.code) == (0, 0), (ended.err[-2000:], adapted.err[-2000:])
     assert "Traceback" not in ended.err + adapted.err
-    assert committed(settings, kafka.ingest_group, topics.events) == stored_events(settings)
+    assert committed(kafka, kafka.ingest_group, topics.events, topics.partitions) == stored_events(settings)
     assert "innerloop.ingest" in ended.err
     assert "torch" not in ended.err, "ingest starts without it"
 
