@@ -106,12 +106,13 @@ def _running(cluster: Cluster, database: Database, settings: Settings) -> Iterat
 def _others(report: Report, settings: Settings, processes: list[psutil.Process], asked: argparse.Namespace) -> None:
     shop, subscriber = Shop(settings, asked.users, asked.items), Subscriber(settings)
     subscriber.start()
-    shop.run(asked.rate, 5.0)
+    shop.run(asked.rate, 20.0)  # Java compiles what is used, and so do we
     time.sleep(2.0)
     shop.taken()
     partitions = settings.topics.partitions
     elsewhere = f"{settings.topics.clicks}.nobody-reads"
-    clients.admin(settings.kafka).create_topics([NewTopic(elsewhere, partitions)])[elsewhere].result(30)
+    admin = clients.admin(settings.kafka)
+    admin.create_topics([NewTopic(elsewhere, partitions)])[elsewhere].result(30)
     bots = {
         "": None,
         ".steady": (settings.topics.clicks, asked.seconds),
