@@ -81,13 +81,10 @@ def _history(engine: Database, source: Source) -> pl.DataFrame:
 def _items(settings: Settings, source: Source, events: pl.DataFrame) -> pl.DataFrame:
     """What is said of items; an empty table where nothing is."""
     met = set(events.filter(pl.col("event_type") != IMPRESSION)["item_id"])
-    items = items_on_topic(settings, met) if source.items is None else read_items(source.items)
-    known = sum(item in met for item in items["item_id"])
+    items = items_on_topic(settings, met) if source.items is None else read_items(source.items, met)
     if len(items):
+        known = sum(item in met for item in items["item_id"])
         _LOG.info("items are described", met=known, others=len(items) - known)
-    if source.items is not None and not known:
-        example = f"{next(iter(items['item_id']), 'none')} there and {next(iter(met), 'none')} here"
-        raise SettingsError(f"{source.items} describes no item that anybody met ({example}): compare the identifiers.")
     return items
 
 

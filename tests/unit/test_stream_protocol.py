@@ -295,6 +295,10 @@ def test_what_is_said_of_items_is_known_to_the_release_that_serves(events: pl.Da
     earlier = events.head(round(events.height * options.warm_up_share))["item_id"].n_unique()
     assert told.facts["described_items"] == kinds.height - earlier > 0
     assert run(bare, options, tell=_quiet).facts["described_items"] == 0
+    strangers = kinds.with_columns(item_id="0" + pl.col("item_id"))
+    strangers.write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(SettingsError, match=r"describes no item that anybody met .*compare the identifiers"):
+        run(bare, options, items=tmp_path / "items.parquet", tell=_quiet)
 
 
 # --- through Kafka

@@ -1,5 +1,6 @@
 """Reading what a shop says of its items from a file, into the table that training takes (`learning.described`)."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import polars as pl
@@ -15,10 +16,11 @@ _NAMES = {
 }
 
 
-def read_items(path: Path | str) -> pl.DataFrame:
+def read_items(path: Path | str, met: Collection[str] | None = None) -> pl.DataFrame:
     """Read a .csv, .jsonl / .ndjson or .parquet file: item_id and, where it has them, category, price and text.
 
-    Raises SettingsError when the file is missing or unreadable, says nothing of its items, or has lists in a column.
+    Raises SettingsError when the file is missing or unreadable, says nothing of its items, has lists in a column, or
+    has none of the items `met`: then its identifiers are others.
     """
     path = Path(path)
     raw = read_table(path, "items")
@@ -40,4 +42,8 @@ def read_items(path: Path | str) -> pl.DataFrame:
             "text": (raw[found["text"]] if "text" in found else nothing).cast(pl.String),
         }
     )
-    return table.drop_nulls("item_id")
+    table = table.drop_nulls("item_id")
+    if met is not None and not any(item in met for item in table["item_id"]):
+        example = f"{next(iter(table['item_id']), 'none')} there and {next(iter(met), 'none')} here"
+        raise SettingsError(f"{path} describes no item that anybody met ({example}): compare the identifiers.")
+    return table

@@ -107,7 +107,7 @@ def run(
     log = stream_of(table.events, seed=seed)
     start = table.own_from if history is not None else _warm_up(log, options)
     rows = moments(log, options, start)
-    school = School(table.events, options, seed, None if items is None else read_items(items))
+    school = School(table.events, options, seed, None if items is None else read_items(items, set(log.item_ids)))
     release = school.release(start, lambda what, share: tell(what, 0.2 * share))
     served = Served(log, school, release, options)
     answers = served.answers(rows, seed=seed, tell=lambda share: tell("ours", 0.2 + 0.4 * share))
