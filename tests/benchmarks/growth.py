@@ -6,7 +6,7 @@ For each number of users the table is filled by the database itself with that ma
 tenth of the bytes of a full one; ten million are some 8 GB), then analysed, and a checkpoint is taken. Users are drawn
 uniformly, which is the worst case: no cache of ours helps. Broker and database share the machine. PostgreSQL has
 --shared-buffers, a quarter of the memory unless told otherwise, as its manual advises; our embedded one's 256 MB hold a
-demo.
+demo. It takes huge pages by itself where the kernel has enough of them (`vm.nr_hugepages`).
 
 growth.ingest.<users>    microseconds an event: `innerloop ingest`, one process, over --events clicks that lie in Kafka,
                          timed as in ingest.py
@@ -84,18 +84,18 @@ def _users(report: Report, cluster: Cluster, users: int, events: int, points: di
     drawn = np.random.default_rng(users).integers(0, users, events)
     with cluster.database() as database:
         began = time.monotonic()
-        size = _fill(database, users)
+        size, pages = _fill(database, users)
         CONSOLE.print(f"{users:,} users: {size / 2**20:,.0f} MB, filled in {time.monotonic() - began:.0f} s")
         settings = cluster.settings(database)
         points["read"][users] = _read(settings, drawn)
-        report.add(f"growth.read.{users}", points["read"][users], _UNIT, f"table of {size / 2**20:,.0f} MB")
+        report.add(f"growth.read.{users}", points["read"][users], _UNIT, f"table of {size / 2**20:,.0f} MB, {pages}")
         points["ingest"][users] = _ingest(cluster, database, settings, drawn)
         distinct = len(np.unique(drawn))
         report.add(f"growth.ingest.{users}", points["ingest"][users], _UNIT, f"of {distinct:,} users")
 
 
-def _fill(database: Database, users: int) -> int:
-    """Make support sets of eight events each, and give the table's size in bytes."""
+def _fill(database: Database, users: int) -> tuple[int, str]:
+    """Make support sets of eight events each; the table's size in bytes, and what the shared buffers lie on."""
     connection = database.open()
     with connection.cursor() as cursor:
         cursor.execute("INSERT INTO items (item_id) SELECT 'item-' || n FROM generate_series(1, %s) n", (_ITEMS,))
@@ -112,8 +112,10 @@ def _fill(database: Database, users: int) -> int:
         cursor.execute("CHECKPOINT")
         cursor.execute("SELECT pg_total_relation_size('support_sets')")
         size = int((cursor.fetchone() or (0,))[0])
+        cursor.execute("SHOW huge_pages_status")
+        pages = f"huge pages {(cursor.fetchone() or ('unknown',))[0]}"
     connection.close()
-    return size
+    return size, pages
 
 
 def _read(settings: Settings, drawn: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> float:
