@@ -1,4 +1,4 @@
-"""Where topics end and where groups stand, for tests to ask; a broker that is only just starting is asked again."""
+"""Where topics end and where groups stand, for tests to ask."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ def log_ends(kafka: KafkaSettings, topics: Sequence[str], partitions: int) -> di
 
 
 def committed(kafka: KafkaSettings, group: str, topics: Sequence[str], partitions: int) -> dict[tuple[str, int], int]:
-    """Of the partitions of which the group has committed anything; asking makes nobody its member."""
+    """Of the partitions of which the group has done a record; asking makes nobody its member.
+
+    A group whose coordinator is only just starting is asked about again.
+    """
     places = [TopicPartition(topic, number) for topic in topics for number in range(partitions)]
     until = time.monotonic() + _SECONDS
     with clients.consumer(kafka, group) as consumer:

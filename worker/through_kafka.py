@@ -104,6 +104,8 @@ class _Run:
         self._settings, self._log, self._options, self._pool = settings, log, options, pool
         self._producer = EventProducer(settings)
         self._records: dict[str, RecommendationScores] = {}
+        self._sent: dict[str, tuple[int, int]] = {}
+        """By user, how many events were sent, and the newest of their times."""
         self._item_numbers = {item: number for number, item in enumerate(log.item_ids)}
 
     def judge(self, rows: Ints, rate: float) -> Heard:
@@ -138,16 +140,18 @@ class _Run:
 
     def _rank(self, row: int) -> tuple[int, bool]:
         """The rank of a row's item on its user's list, 0 if it isn't there; whether the list is of the newest state."""
-        log, record = self._log, self._records.get(self._log.user_ids[self._log.users[row]])
+        log, user = self._log, self._log.user_ids[self._log.users[row]]
+        record = self._records.get(user)
         if record is None or log.earlier[row] == log.first[row]:
             return -1, False
-        newest = log.times[log.by_user[log.earlier[row] - 1]]
         removed = seen(log, np.array([row]), self._options)
         gone = set() if removed is None else set(removed[0].tolist())
         numbers = [self._item_numbers.get(item.item_id, -1) for item in record.items]
         listed = [number for number in numbers if number not in gone]
         rank = listed.index(log.items[row]) + 1 if log.items[row] in listed else 0
-        return rank, record.event_time >= newest
+        events, newest = self._sent[user]
+        whole = record.support_size >= min(events, self._options.capacity)
+        return rank, whole and record.event_time >= newest
 
     def _send(self, row: int) -> None:
         log = self._log
@@ -163,6 +167,8 @@ class _Run:
         }
         if log.categories[row] >= 0:
             event["category"] = log.category_names[log.categories[row]]
+        events, newest = self._sent.get(user, (0, 0))
+        self._sent[user] = events + 1, max(newest, int(log.times[row]))
         self._producer.send(user, kind, json.dumps(event).encode())
 
     def _follow(self, reader: ScoreReader) -> None:

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _running(cluster: Cluster, database: Database, settings: Settings) -> Iterat
 def _others(report: Report, settings: Settings, processes: list[psutil.Process], asked: argparse.Namespace) -> None:
     shop, subscriber = Shop(settings, asked.users, asked.items), Subscriber(settings)
     subscriber.start()
-    shop.run(asked.rate, 20.0)  # Java compiles what is used, and so do we
+    shop.run(asked.rate, 20.0)  # until Java has compiled what the broker does all the time
     time.sleep(2.0)
     shop.taken()
     partitions = settings.topics.partitions
@@ -115,21 +116,20 @@ def _others(report: Report, settings: Settings, processes: list[psutil.Process],
     admin.create_topics([NewTopic(elsewhere, partitions)])[elsewhere].result(30)
     bots = {
         "": None,
-        ".steady": (settings.topics.clicks, asked.seconds),
-        ".flood_elsewhere": (elsewhere, 0.0),
-        ".flood": (settings.topics.clicks, 0.0),
+        ".steady": _Bot(_BOT, settings.topics.clicks, asked.bot, asked.seconds),
+        ".flood_elsewhere": _Bot(_BOT + 1, elsewhere, asked.bot),
+        ".flood": _Bot(_BOT + 2, settings.topics.clicks, asked.bot),
     }
-    for number, (name, bot) in enumerate(bots.items()):
+    for name, bot in bots.items():
         counted = _counts(settings)
-        with _bot(settings, _BOT + number, asked.bot, bot) as go:
-            go.set()
+        with _at_work(settings, bot):
             shop.run(asked.rate, asked.seconds)
         _settled(settings)
         found = answered(shop.taken(), subscriber.taken())
         _waits(report, f"backlog.p99_others{name}", found)
-        if name == ".flood":
-            place = partition_of(f"user-{_BOT + number}", partitions)
-            beside = [partition_of(f"user-{user}", partitions) == place for user in found["user"]]
+        if bot is not None and name == ".flood":
+            its = partition_of(f"user-{bot.user}", partitions)
+            beside = [partition_of(f"user-{user}", partitions) == its for user in found["user"]]
             _waits(report, f"backlog.p99_others{name}.same_partition", found.filter(beside))
             _waits(report, f"backlog.p99_others{name}.other_partitions", found.filter(~np.array(beside)))
         _factors(report, f"backlog.live{name}", counted, _counts(settings))
@@ -144,37 +144,48 @@ def _waits(report: Report, name: str, found: pl.DataFrame) -> None:
     report.add(name, float(np.percentile(waits, 99)), "ms", note)
 
 
+@dataclass(frozen=True)
+class _Bot:
+    """Sends `count` events of one user to a topic, spread over so many seconds, or at once."""
+
+    user: int
+    topic: str
+    count: int
+    seconds: float = 0.0
+
+    def run(self, settings: Settings, ready: Event, go: Event) -> None:
+        """In a process of its own, with everything made before it is told to go."""
+        made = _records(self.count, np.full(self.count, self.user), f"bot-{self.user}", items=1_000)
+        records, parts = [record for some in made for record in some], 200
+        producer = clients.producer(settings.kafka, linger_ms=20)
+        producer.list_topics(self.topic, 30.0)
+        ready.set()
+        go.wait()
+        began = time.monotonic()
+        for part in range(parts):
+            time.sleep(max(0.0, began + self.seconds * part / parts - time.monotonic()))
+            _send(producer, self.topic, records[part * self.count // parts : (part + 1) * self.count // parts])
+        _flush(producer)
+        CONSOLE.print(f"  {self.count:,} events sent in {time.monotonic() - began:.2f} s", highlight=False)
+
+
 @contextmanager
-def _bot(settings: Settings, user: int, count: int, place: tuple[str, float] | None) -> Iterator[Event]:
-    """A process that sends `count` events of `user` to a topic within so many seconds, once it is told to go."""
+def _at_work(settings: Settings, bot: _Bot | None) -> Iterator[None]:
+    """While the bot, if there is one, sends; until it has."""
+    if bot is None:
+        yield
+        return
     context = multiprocessing.get_context("spawn")
     ready, go = context.Event(), context.Event()
-    if place is None:
-        yield go
-        return
-    process = context.Process(target=_be_a_bot, args=(settings, user, count, place, ready, go))
+    process = context.Process(target=bot.run, args=(settings, ready, go), daemon=True)
     process.start()
     if not ready.wait(60.0):
         raise SystemExit("The bot did not start.")
-    yield go
-    process.join()
-
-
-def _be_a_bot(  # noqa: PLR0917 - a process's arguments
-    settings: Settings, user: int, count: int, place: tuple[str, float], ready: Event, go: Event
-) -> None:
-    (topic, seconds), parts = place, 200
-    made = _records(count, np.full(count, user), f"bot-{user}", items=1_000)
-    records = [record for some in made for record in some]
-    producer = clients.producer(settings.kafka, linger_ms=20)
-    producer.list_topics(topic, 30.0)
-    ready.set()
-    go.wait()
-    began = time.monotonic()
-    for part in range(parts):
-        time.sleep(max(0.0, began + seconds * part / parts - time.monotonic()))
-        _send(producer, topic, records[part * count // parts : (part + 1) * count // parts])
-    _flush(producer)
+    go.set()
+    yield
+    process.join(60.0)
+    if process.exitcode != 0:
+        raise SystemExit(f"The bot did not do its work: exit code {process.exitcode}.")
 
 
 def _settled(settings: Settings) -> None:

@@ -162,7 +162,8 @@ def _is_watched(world: World) -> bool:  # noqa: F811
     """Whether the watch has committed what it has seen."""
     topics, kafka = world.settings.topics, world.settings.kafka
     of_scores = [topics.recommendations], topics.partitions
-    return committed(kafka, kafka.adapt_group + "-watch", *of_scores) == log_ends(kafka, *of_scores)
+    ends = log_ends(kafka, *of_scores)
+    return bool(ends) and committed(kafka, kafka.adapt_group + "-watch", *of_scores) == ends
 
 
 def _with_unanswered(world: World) -> list[str]:  # noqa: F811
@@ -214,8 +215,7 @@ def test_a_gap_in_the_requests_is_passed_only_when_told(world: World) -> None:  
         world.give("u", EXAMPLES)
         world.ask("u")
     done = committed(settings.kafka, settings.kafka.adapt_group, [topic], settings.topics.partitions)
-    [(_, partition), offset] = next(iter(done.items()))
-    assert len(done) == 1
+    [((_, partition), offset)] = done.items()
     first = offset + 4
     admin = clients.admin(settings.kafka)
     [deleted] = admin.delete_records([TopicPartition(topic, partition, first)]).values()

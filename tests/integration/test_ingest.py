@@ -17,11 +17,12 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
-import offsets
 import pytest
 import xxhash
 from confluent_kafka import Message, Producer, TopicPartition
 from counters import counted, counted_since
+from offsets import committed as committed_by
+from offsets import log_ends
 from shell import outer_environment
 from sqlalchemy import text
 
@@ -178,17 +179,13 @@ def ledger(settings: Settings) -> dict[tuple[str, int], int]:
     return {(row.topic, row.partition): row.next_offset for row in rows}
 
 
-def places(settings: Settings) -> list[TopicPartition]:
-    return [TopicPartition(topic, n) for topic in settings.topics.events for n in range(settings.topics.partitions)]
-
-
 def ends(settings: Settings) -> dict[tuple[str, int], int]:
-    return offsets.log_ends(settings.kafka, settings.topics.events, settings.topics.partitions)
+    return log_ends(settings.kafka, settings.topics.events, settings.topics.partitions)
 
 
 def committed(settings: Settings) -> dict[tuple[str, int], int]:
     kafka, topics = settings.kafka, settings.topics
-    return offsets.committed(kafka, kafka.ingest_group, topics.events, topics.partitions)
+    return committed_by(kafka, kafka.ingest_group, topics.events, topics.partitions)
 
 
 def reset(settings: Settings, offsets: Mapping[tuple[str, int], int]) -> None:

@@ -17,7 +17,7 @@ from innerloop.evaluation.shop import Shop
 ROOT = Path(__file__).parents[2]
 _LOOK = """
 import json, sys
-import innerloop.worker, innerloop.schemas, innerloop.store.migrations
+import innerloop.worker.servers, innerloop.schemas, innerloop.store.migrations
 from importlib.resources import files
 from alembic.config import Config
 from alembic.script import ScriptDirectory
@@ -25,11 +25,13 @@ from innerloop import schemas
 config = Config()
 config.set_main_option("script_location", "innerloop.store:migrations")
 print(json.dumps({
-    "modules": [m.__file__ for m in (innerloop, innerloop.worker, innerloop.schemas, innerloop.store.migrations)],
+    "modules": [
+        m.__file__ for m in (innerloop, innerloop.worker.servers, innerloop.schemas, innerloop.store.migrations)
+    ],
     "schemas": sorted(f.name for f in files("innerloop.schemas").iterdir() if f.is_file() and f.name.endswith("json")),
     "examples": len([f for f in files("innerloop.schemas").joinpath("examples").iterdir()]),
     "topics": len(schemas.read("topics.toml")),
-    "locks": [f.name for f in files("innerloop.worker").iterdir() if f.name.endswith(".lock")],
+    "locks": sorted(f.name for f in files("innerloop.worker.servers").iterdir() if f.name.endswith(".lock")),
     "migrations": len(list(ScriptDirectory.from_config(config).walk_revisions())),
     "typed": files("innerloop").joinpath("py.typed").is_file(),
 }))
@@ -99,7 +101,8 @@ def test_everything_is_found_from_an_empty_directory(python: Path, tmp_path: Pat
     assert found["schemas"] == sorted(each.name for each in (ROOT / "schemas").glob("*.json"))
     assert found["examples"] == len(list((ROOT / "schemas" / "examples").glob("*.json")))
     assert found["topics"] > 0
-    assert len(found["locks"]) == len(list((ROOT / "worker").glob("kafka-*.lock")))
+    assert found["locks"] == sorted(each.name for each in (ROOT / "worker" / "servers").glob("kafka-*.lock"))
+    assert found["locks"]
     assert found["migrations"] > 0
     assert found["typed"] is True
 

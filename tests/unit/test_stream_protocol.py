@@ -325,7 +325,14 @@ def test_a_live_run_is_judged_at_its_own_moments_next_to_default(events: pl.Data
         of_newest = outcome.means[f"{arm}, newest state"]["hr@10"]
         assert np.isnan(of_newest[~newest]).all()
         assert of_newest[newest].tolist() == whole[newest].tolist()
-    assert outcome.facts["through_kafka"] == {"moments": asked.sum(), "older_state": 1 - newest.sum() / asked.sum()}
+    assert outcome.facts["through_kafka"] == {
+        "moments": asked.sum(),
+        "older_state": (asked & ~newest).sum() / asked.sum(),
+    }
+
+
+def test_of_no_list_none_is_of_an_older_state() -> None:
+    assert Heard(np.full(3, -1), np.zeros(3, np.bool_)).facts == {"moments": 0, "older_state": 0.0}
 
 
 # --- which moments

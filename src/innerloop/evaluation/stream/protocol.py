@@ -44,9 +44,9 @@ class Heard:
 
     @property
     def facts(self) -> dict[str, object]:
-        """How many of them there were, and the share of lists that a newer one was about to follow."""
+        """How many moments had a list, and the share of those lists that were of an older state."""
         count = int(self.lists.sum())
-        return {"moments": count, "older_state": 1 - int((self.lists & self.newest).sum()) / max(1, count)}
+        return {"moments": count, "older_state": int((self.lists & ~self.newest).sum()) / max(1, count)}
 
 
 Live = Callable[[StreamLog, Ints, Release, StreamOptions], Heard]
