@@ -13,6 +13,7 @@ from innerloop.config import Settings
 from innerloop.errors import RetryError, ServiceError
 from innerloop.scores import AdScores, RecommendationScores, ScoredItem
 from innerloop.streams import clients
+from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.scores import show_scores
 
@@ -91,9 +92,12 @@ def test_iteration_yields_what_advances_and_tombstones_on_request(
     send(producer, topic, scores("u", 1, item="again"))
     expected = [scores("u", 1), scores("u", 3), Tombstone("u"), scores("u", 1, item="again")]
     with ScoreReader(settings, tombstones=True) as reader:
-        assert list(reader.records(idle_seconds=1)) == expected
+        assert list(itertools.islice(reader, len(expected))) == expected
+        assert list(reader.records(idle_seconds=1)) == []
     with ScoreReader(settings) as reader:
-        assert list(reader.records(idle_seconds=1)) == [each for each in expected if not isinstance(each, Tombstone)]
+        wanted = [each for each in expected if not isinstance(each, Tombstone)]
+        assert list(itertools.islice(reader, len(wanted))) == wanted
+        assert list(reader.records(idle_seconds=1)) == []
 
 
 def test_leaving_the_loop_loses_nothing_of_what_was_fetched(settings: Settings, topic: str, producer: Producer) -> None:
@@ -117,7 +121,7 @@ def test_a_new_record_is_there_within_a_moment(settings: Settings, topic: str, p
             while reader.refresh(timeout=1.0) == 0:
                 assert time.monotonic() - began < 10
             taken.append(time.monotonic() - began)
-    assert sorted(taken)[10] < 0.2, taken
+    assert sorted(taken)[10] < 1.0, taken
 
 
 def test_a_group_shares_the_topic_and_goes_on_where_it_stopped(
@@ -128,18 +132,21 @@ def test_a_group_shares_the_topic_and_goes_on_where_it_stopped(
     with ScoreReader(settings, group=group) as reader:
         first = [record.user_id for record in itertools.islice(reader, 50)]
     with ScoreReader(settings, group=group) as reader:
-        second = [record.user_id for record in reader.records(idle_seconds=3)]
+        second = [record.user_id for record in reader.records(idle_seconds=10)]
         assert sorted({*first, *second}) == sorted(f"u-{n}" for n in range(200))
         assert len(first) + len(second) == 201, "the record at hand when the loop was left comes again, no other"
         with ScoreReader(settings, group=group) as another:
             seen: list[list[str]] = [[], []]
             readers = [
-                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(4)))
+                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(10)))
                 for n, r in enumerate((reader, another))
             ]
             for thread in readers:
                 thread.start()
-            time.sleep(2)
+            deadline = time.monotonic() + 30
+            while members_with_partitions(settings.kafka, group) < 2:
+                assert time.monotonic() < deadline, "the second gets no share"
+                time.sleep(0.1)
             send(producer, topic, *(scores(f"u-{n}", 2) for n in range(200)))
             for thread in readers:
                 thread.join()

@@ -95,6 +95,7 @@ def test_a_table_that_is_locked_holds_up_neither_lag_nor_gauges(
     settings: Settings, engine: Database, observer: Observer
 ) -> None:
     with engine.begin() as connection:
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         connection.execute(text("LOCK TABLE support_sets IN ACCESS EXCLUSIVE MODE"))
         until(lambda: any("statement timeout" in each for each in observer.troubles))
         send(settings, settings.topics.clicks, b"1", b"2")

@@ -659,7 +659,7 @@ def test_the_command_says_who_has_not_answered_and_the_erasure_is_done_later(
         world.caught_up(*threads)
         assert world.sets() == {}
         with pytest.raises(ServiceError, match=r"innerloop adapt"):
-            run_erase(world.settings, ["u"], 1.0)
+            run_erase(world.settings, ["u"], 6.0)
     assert "0 stored events and 0 impressions removed" in capsys.readouterr().out
     with running(world, "adapt") as threads:
         until(lambda: world.last("u") == {"recommendations": None, "ads": None}, "tombstones", *threads)

@@ -241,7 +241,7 @@ def test_windows_equal_a_plain_computation(quality: Settings) -> None:
     with running(quality) as (member,):
         wait_for(lambda: last in judge_of(windows(quality)))
         member.terminate()
-        assert member.wait(20) == 0
+        assert member.wait(60) == 0
     found = judge_of(windows(quality))
     assert_equal(quality, found)
     assert sum(len(window["arms"]) for window in found.values()) > 10

@@ -113,7 +113,7 @@ def test_partitions_that_stay_are_handled_all_through_a_rebalance(
             stay |= kept
             assert kept <= set(each.member.owned)
             for partition in kept:
-                assert each.handled[handled:].count(partition) >= 5, "went on meanwhile"
+                assert each.handled[handled:].count(partition) >= 3, "went on meanwhile"
         assert stay, "some do not move"
         stayed = set.union(*(before[each][0] for each in (first, second))) & set(third.handled)
         assert stayed <= {p for each in (first, second) for _, told in each.told for p in told}
@@ -132,6 +132,7 @@ def test_a_claim_that_somebody_holds_up_holds_up_nobody_else(small: Settings) ->
     with capture_logs() as lines, Member(small) as member:
         with engine.begin() as owner:
             held = "SELECT * FROM partition_ledger WHERE topic = %s AND partition = 1 FOR UPDATE"
+            owner.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
             owner.exec_driver_sql(held, (small.topics.clicks,))
             member.joined()
             for number in range(4):
