@@ -25,7 +25,7 @@ from innerloop.errors import RetryError, StopError
 from innerloop.store.database import transaction
 from innerloop.streams import clients
 from innerloop.streams import publisher as publisher_module
-from innerloop.streams.publisher import Publisher
+from innerloop.streams.publisher import Publisher, partition_of
 from innerloop.streams.watch import OutputWatch
 from innerloop.worker import processes
 from innerloop.worker.train import register
@@ -121,6 +121,15 @@ def _uses(world: World, users: Sequence[str], model: int) -> bool:  # noqa: F811
     return any(version == model for version, _ in world.last(world.settings.topics.recommendations).values())
 
 
+def _half_use(world: World, users: list[str], model: int) -> bool:  # noqa: F811
+    """The same of every user of two partitions of the four, which are another member's, and of none of the others."""
+    _uses(world, users, model)
+    found: dict[int, set[bool]] = {}
+    for user, (version, _) in world.last(world.settings.topics.recommendations).items():
+        found.setdefault(partition_of(user, 4), set()).add(version == model)
+    return sorted(map(sorted, found.values())) == [[False], [False], [True], [True]]
+
+
 def test_who_takes_over_uses_no_older_release_than_who_had_it(world: World) -> None:  # noqa: F811
     """Readers keep what was made with the higher release, so an older one behind it would be stale for good."""
     topic, users = world.settings.topics.recommendations, [f"u{n}" for n in range(40)]
@@ -140,7 +149,7 @@ def test_who_cannot_read_the_newest_release_takes_nothing_over(world: World) -> 
     with capture_logs() as lines, running(with_adapt(world.settings, refresh_seconds=3_600)):
         with running(world.settings, members=2):
             card = world.register(2)
-            wait_for(lambda: _uses(world, users, 2))
+            wait_for(lambda: _half_use(world, users, 2))
             tensors = card.with_suffix(".safetensors")
             whole = tensors.read_bytes()
             tensors.write_bytes(whole[:-8])
