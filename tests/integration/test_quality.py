@@ -34,7 +34,7 @@ QUALITY = {
     "events_per_second": 10_000_000,
     "window_seconds": 60,
     "grace_seconds": 90,
-    "idle_seconds": 2,
+    "idle_seconds": 5,
     "from_beginning": True,
 }
 SHORT_SESSION = {"session.timeout.ms": "2500", "heartbeat.interval.ms": "250"}
@@ -68,7 +68,7 @@ def running(settings: Settings, count: int = 1, **more: str) -> Iterator[list["s
             member.wait()
 
 
-def wait_for(look: Callable[[], T | None], seconds: float = 40.0) -> T:
+def wait_for(look: Callable[[], T | None], seconds: float = 90.0) -> T:
     until = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < until, "waited in vain"
