@@ -26,6 +26,7 @@ from types import MappingProxyType
 
 from innerloop.errors import ServiceError, SettingsError
 
+from .embedded import EmbeddedServer
 from .kafka_jars import cache_folder, chosen_version, provide_jars, write_lock
 from .watched_process import Order, WatchedProcess, free_ports, require_free
 
@@ -107,7 +108,7 @@ def find_java() -> Java:
     )
 
 
-class KafkaServer:
+class KafkaServer(EmbeddedServer):
     """One broker with one data folder and the same ports at every start. What it says goes to `kafka.log` there."""
 
     def __init__(
@@ -121,26 +122,15 @@ class KafkaServer:
         properties: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """`listeners` are further ones, name -> port, which `properties` describe along with anything else."""
-        self.folder = folder.absolute()
+        super().__init__(folder, temporary=temporary)
         self._listeners, self._own_properties = dict(listeners), dict(properties)
         self.port, self._controller_port = free_ports(2)
         self.version = version or chosen_version()
-        self._temporary = temporary
         self._announce = announce
-        self._process: WatchedProcess | None = None
 
     @property
     def bootstrap_servers(self) -> str:
         return f"127.0.0.1:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        """Of the Java process; 0 when it is not running."""
-        return self._process.pid if self.running and self._process else 0
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.running
 
     def start(self) -> None:
         """Start and wait until it answers; raises ServiceError or SettingsError. Returns at once when it runs."""
@@ -173,17 +163,6 @@ class KafkaServer:
         if worked and self._java.makes_images and not self._image.exists():
             _make_image_in_background(self.version)
 
-    def kill(self) -> None:
-        """SIGKILL, as a crash would."""
-        if self._process:
-            self._process.end(signal.SIGKILL)
-            self._process = None
-
-    def restart(self) -> None:
-        """Stop and start: same ports, same data."""
-        self.stop()
-        self.start()
-
     @cached_property
     def _java(self) -> Java:
         return find_java()
@@ -192,10 +171,6 @@ class KafkaServer:
     def _image(self) -> Path:
         """Java itself checks that the image fits its build and the jars, and else does without."""
         return cache_folder(self.version) / f"java-{self._java.major}.aot"
-
-    @property
-    def _data(self) -> Path:
-        return self.folder / "data"
 
     def _order(self, options: Sequence[str]) -> Order:
         return Order(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from innerloop.errors import ServiceError, SettingsError
 
+from .embedded import EmbeddedServer
 from .watched_process import Order, WatchedProcess, free_ports, require_free
 
 MAJOR = 18
@@ -39,7 +40,7 @@ OPTIONS = {
 }
 
 
-class PostgresServer:
+class PostgresServer(EmbeddedServer):
     """One server with one data folder and one port, the same at every start.
 
     What it says goes to `postgres.log` in the folder. The password is random and kept in the folder: everyone on the
@@ -55,20 +56,9 @@ class PostgresServer:
         options: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """`programs` has the `bin` of another build than the wheel's, of the same major version; `options` are its."""
-        self.folder = folder.absolute()
+        super().__init__(folder, temporary=temporary)
         self._programs, self._options = programs, options
         self.port = free_ports(1)[0]
-        self._temporary = temporary
-        self._process: WatchedProcess | None = None
-
-    @property
-    def pid(self) -> int:
-        """Of the postmaster; 0 when it is not running."""
-        return self._process.pid if self.running and self._process else 0
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.running
 
     @property
     def url(self) -> str:
@@ -93,21 +83,6 @@ class PostgresServer:
         if self._process:
             self._process.end(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
             self._process = None
-
-    def kill(self) -> None:
-        """SIGKILL to the postmaster; its children notice and leave."""
-        if self._process:
-            self._process.end(signal.SIGKILL)
-            self._process = None
-
-    def restart(self) -> None:
-        """Stop and start: same port, same data."""
-        self.stop()
-        self.start()
-
-    @property
-    def _data(self) -> Path:
-        return self.folder / "data"
 
     def _order(self) -> Order:
         options = [f"--{name}={value}" for name, value in {**OPTIONS, **self._options}.items()]

@@ -35,7 +35,7 @@ class Heard:
 
     ranks: Ints
     newest: Bools
-    """Which lists [Q] were of the user's newest state: no event of theirs was still on its way."""
+    """Which moments [Q] had a list of the user's newest state: no event of theirs was still on its way."""
 
     @property
     def lists(self) -> Bools:
@@ -128,7 +128,7 @@ def run(
         answers["through-kafka"] = heard.ranks
         answers["default, same moments"] = np.where(heard.lists, answers["default"], -1)
         for name in ("through-kafka", "default"):
-            answers[f"{name}, newest state"] = np.where(heard.lists & heard.newest, answers[name], -1)
+            answers[f"{name}, newest state"] = np.where(heard.newest, answers[name], -1)
         facts["through_kafka"] = heard.facts
     return _outcome(log, rows, options, answers=answers, release=release, facts=facts)
 
