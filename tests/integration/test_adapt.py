@@ -424,15 +424,12 @@ def test_new_items_and_releases_come_in_without_a_restart(world: World) -> None:
     with running(with_adapt(world.settings, top=1000)):
         assert len(world.ask_and_read("u").items) == ITEMS
         items.ItemNumbers(world.engine).intern(["new"], {})
-        time.sleep(1.5)
-        world.give("u", examples := [("i1", 1.0, 0), ("i2", 1.0, 0)])
-        assert {each.item_id for each in world.ask_and_read("u").items} == {f"i{n}" for n in range(ITEMS)} | {"new"}
+        examples: list[Example] = [("i1", 1.0, 0), ("i2", 1.0, 0)]
+        record = _listed(world, lambda record: "new" in _names(record), examples)
+        assert set(_names(record)) == {f"i{n}" for n in range(ITEMS)} | {"new"}
 
         second = world.register(2, seed=1)
-        time.sleep(1.5)
-        world.give("u", examples)
-        record = world.ask_and_read("u")
-        assert record.model_version == 2
+        record = _listed(world, lambda record: record.model_version == 2, examples)
         found = [(each.item_id, each.score) for each in record.items if each.item_id != "new"]
         assert same(found, best(expected_scores(second, examples), ITEMS))
 
@@ -447,9 +444,7 @@ def test_new_items_and_releases_come_in_without_a_restart(world: World) -> None:
         ), "the damaged release is refused, the old one stays"
 
         world.register(4, seed=1)
-        time.sleep(1.5)
-        world.give("u", examples)
-        assert world.ask_and_read("u").model_version == 4
+        assert _listed(world, lambda record: record.model_version == 4, examples)
 
 
 def _tell(world: World, names: Sequence[str], before: Sequence[str] = ()) -> None:
@@ -482,11 +477,13 @@ def _register_ranked(world: World, version: int, seed: int = 0) -> None:
     register(world.settings, world.engine, release, save(release, world.folder))
 
 
-def _listed(world: World, until: Callable[[RecommendationScores], bool]) -> RecommendationScores:
+def _listed(
+    world: World, until: Callable[[RecommendationScores], bool], examples: Sequence[Example] = (("i1", 1.0, 0),)
+) -> RecommendationScores:
     """The user's list as soon as it is so: refreshes come by themselves."""
 
     def look() -> RecommendationScores | None:
-        world.give("u", [("i1", 1.0, 0)])
+        world.give("u", examples)
         record = world.ask_and_read("u")
         return record if until(record) else None
 
