@@ -14,6 +14,7 @@ from test_ingest import (
     ends,
     events_of,
     ledger,
+    on_one_topic,
     query,
     requests,
     send,
@@ -88,6 +89,7 @@ def test_events_become_scores_and_what_is_bad_a_dead_letter(
 def test_the_loop_runs_on_the_oldest_broker(old: Settings, old_broker: KafkaServer) -> None:
     """Sets, requests, duplicates, a rebalance by the cooperative assignor and the offsets."""
     events = events_of(600)
+    events = [*events[:300], *on_one_topic(events[300:])]
     send(old, events[:300])
     send(old, events[:100])
     with Member(old) as first:
