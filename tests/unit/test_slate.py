@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,15 @@ from innerloop.evaluation import taught_heads
 from innerloop.evaluation.baselines import sasrec
 from innerloop.evaluation.scoreboard import rows
 from innerloop.evaluation.slate import protocol as slate
-from innerloop.evaluation.slate.features import Action, Layout, Population, Slate, features, price_ranks
+from innerloop.evaluation.slate.features import (
+    Action,
+    Layout,
+    Population,
+    Slate,
+    features,
+    price_of,
+    price_ranks,
+)
 from innerloop.evaluation.slate.heads import LISTS, HeadArms, support, teach
 from innerloop.evaluation.slate.log import read_log
 from innerloop.evaluation.slate.replay import Choice, Replay
@@ -64,9 +73,9 @@ def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
     found = slate.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
-    assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
+    assert set(found.arms) >= {"anil", "cavia", "maml", "fomaml", "reptile"}
     assert found.baselines <= set(found.arms)
-    assert found.baselines >= {"popularity-1h", "vsknn", "ials", "sasrec", "item-knn", "last-interacted"}
+    assert found.baselines >= {"popularity-1h", "vsknn", "ials", "sasrec", "item-knn", "last-interacted", "recents"}
     assert len(found.users) == 60
     for arm in found.arms:
         assert found.means[arm]["mrr"].shape == (60,)
@@ -298,6 +307,65 @@ def test_offsets_recency_and_counts_point_at_the_right_candidate() -> None:
     np.testing.assert_array_equal(found[:, kept], unknown[:, kept])
     others = np.setdiff1d(np.arange(layout.size), kept)
     assert np.abs(unknown[:, others]).max() == 0
+
+
+def _price_blocks(prices: list[float], history: list[Action]) -> dict[str, np.ndarray[tuple[int, ...], Any]]:
+    layout = Layout([0], [], 25)
+    shown = Slate(10_000, 5, np.array([3, 4, 5]), np.array(prices), np.zeros(0, np.int64))
+    found = features(layout, shown, history, Population())
+    starts = np.cumsum([0, *(width for _, width in layout.blocks)])
+    return {name: found[:, a : a + w] for (name, w), a in zip(layout.blocks, starts, strict=False)}
+
+
+def test_prices_are_compared_with_those_looked_at_and_chosen() -> None:
+    """By hand: 5 was looked at first and 3 last, both on this list; 50 and 100 were chosen on lists of other items."""
+    bought = [
+        Action(1, 1, 90, 0, chosen=True, price=price_of(np.array([50.0, 200.0]), 0)),
+        Action(2, 2, 91, 0, chosen=True, price=price_of(np.array([10.0, 100.0, 1000.0]), 1)),
+    ]
+    looked = [Action(3, 5, 5, 0, chosen=False), Action(4, 5, 3, 0, chosen=False)]
+    logs = np.log([100.0, 200.0, 400.0])
+    found = _price_blocks([100.0, 200.0, 400.0], [*bought, *looked])
+    for block, column, reference in (
+        ("price against the looked at", 0, np.log(100)),
+        ("price against the looked at", 2, (np.log(100) + np.log(400)) / 2),
+        ("price against the chosen", 0, (np.log(50) + np.log(100)) / 2),
+        ("price against the chosen", 2, np.log(100)),
+    ):
+        np.testing.assert_allclose(found[block][:, column], logs - reference, atol=1e-6)
+        np.testing.assert_allclose(found[block][:, column + 1], np.abs(logs - reference), atol=1e-6)
+    level = (np.log(50) - np.log(100)) / 2  # half of the first's, whose list has the mean log(100); the other's is 0
+    away = [np.array([0.0, 0.5, 1.0]) - 0.25, logs - logs.mean() - level]
+    for column, expected in zip((0, 2), away, strict=True):
+        np.testing.assert_allclose(found["price level of the chosen"][:, column], expected, atol=1e-6)
+    np.testing.assert_allclose(found["sorted by price"][:, 1], [1, 0, 0])
+    assert not _price_blocks([400.0, 100.0, 200.0], [])["sorted by price"].any()
+
+
+def test_unknown_prices_compare_with_nothing() -> None:
+    assert price_of(np.array([1.0, np.nan]), 0) is None
+    bought = [Action(1, 1, 90, 0, chosen=True, price=None), Action(3, 5, 5, 0, chosen=False)]
+    for history, prices in ((bought, [100.0, np.nan, 400.0]), (bought[:1], [100.0, 200.0, 400.0])):
+        found = _price_blocks(prices, history)
+        assert not any(found[name].any() for name in found if name.startswith("price ") and name != "price")
+
+
+def test_recents_are_all_that_the_user_looked_at_the_newest_first(tmp_path: Path) -> None:
+    """Each chooses what they looked at before last, in an earlier session."""
+    rng, found = np.random.default_rng(0), []
+    for user in range(60):
+        shown = rng.permutation(np.arange(40))[:8].tolist()
+        first, second, time = shown[4], shown[6], _START + user * 600_000
+        common = {"user_id": user, "action_type": "look"}
+        found += [
+            common | {"session_id": 2 * user, "ts_ms": time, "item_id": first},
+            common | {"session_id": 2 * user + 1, "ts_ms": time + 1_000, "item_id": second},
+            common | {"session_id": 2 * user + 1, "ts_ms": time + 2_000, "item_id": first, "impressions": shown},
+        ]
+    pl.DataFrame(found, infer_schema_length=None).write_parquet(tmp_path / "back.parquet")
+    outcome = slate.run(tmp_path / "back.parquet", seed=0, tell=_tell)
+    assert (outcome.means["recents"]["mrr"] == 0.5).all()
+    assert (outcome.means["last-interacted"]["mrr"] < 0.3).all()
 
 
 def test_unknown_prices_rank_in_the_middle() -> None:

@@ -1,8 +1,9 @@
 """What is known of each item on a list at the moment it is shown, from strictly earlier actions.
 
-Of the list itself: position, price against the others. Of the user's own past: what was done to the item and when, and
-where on the list the items are that were last looked at, for users go down a list. Of everybody's past: how often the
-item was looked at, how often chosen when shown, and what else is looked at in the same sessions.
+Of the list itself: position, price against the others, whether it goes up in price. Of the user's own past: what was
+done to the item and when, where on the list the items are that were last looked at, for users go down a list, and how
+the price compares with those that were looked at and chosen. Of everybody's past: how often the item was looked at, how
+often chosen when shown, and what else is looked at in the same sessions.
 """
 
 from collections import defaultdict, deque
@@ -26,17 +27,28 @@ _PRIOR_LIST = 25.0  # one choice from a list of that length, before anything is 
 _HOUR = 3_600_000  # ms
 _HALF_LIFE = 6 * 3_600_000.0  # ms, of popularity
 _SLOPES, _SIMILAR = 3, 2  # of position slopes those without, of population the one with the user's own actions
+_SORTED = 0.9  # so many of the neighbours at least go up in price where a list is sorted by it
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a chosen item cost: the logarithm, that over its list's mean, and the share of the list that is cheaper."""
+
+    log: float
+    level: float
+    rank: float
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One earlier action of a user on an item; `chosen` where it chose from a list."""
+    """One earlier action of a user on an item; `chosen` where it chose from a list, at `price` where that is known."""
 
     time: int
     session: int
     item: int
     kind: int
     chosen: bool
+    price: Price | None = None
 
 
 @dataclass
@@ -123,6 +135,10 @@ class Layout:
             ("position", self.positions),
             ("position slopes", 2 * _SLOPES),
             ("price", 3),
+            ("sorted by price", 4),
+            ("price against the looked at", 4),
+            ("price against the chosen", 4),
+            ("price level of the chosen", 4),
             ("recency", _RECENT),
             ("own counts", 4),
             ("last kind", len(self.kinds)),
@@ -142,7 +158,7 @@ class Layout:
     def of_nobody(self) -> Ints:
         """The columns that don't depend on the user's own actions: what is left of a list for someone unknown."""
         names = [(name, at) for name, width in self.blocks for at in range(width)]
-        kept = {"position", "price", "context"}
+        kept = {"position", "price", "sorted by price", "context"}
         return np.array(
             [
                 column
@@ -201,6 +217,8 @@ def features(layout: Layout, slate: Slate, history: Sequence[Action], population
         _one_hot(np.minimum(np.arange(len(slate.items)), layout.positions - 1), layout.positions),
         slopes,
         price,
+        _sorted_by_price(slopes, price),
+        *_price_taste(slate, session, history, place),
         _recency(place, recent, len(slate.items)),
         _own_counts(place, session, history, slate),
         _kinds(layout.kinds, place, session[-1:], len(slate.items)),
@@ -237,13 +255,60 @@ def _position_slopes(count: int, any_recent: bool) -> Floats:  # noqa: FBT001 - 
     return np.concatenate([slopes, slopes * any_recent], 1)
 
 
+def price_of(prices: Floats, at: int) -> Price | None:
+    """The price of the item at that place of a list; None where the list's prices aren't known."""
+    if np.isnan(prices).any():
+        return None
+    logs = _logs(prices)
+    return Price(float(logs[at]), float(logs[at] - logs.mean()), float(price_ranks(prices)[at]))
+
+
+def _logs(prices: Floats) -> Floats:
+    """Logarithms of known prices; what costs nothing is as the cheapest that does."""
+    least = prices[prices > 0].min(initial=np.inf)
+    return np.log(np.maximum(prices, least)) if np.isfinite(least) else np.zeros(len(prices))
+
+
 def _price(prices: Floats) -> Floats:
     """Log of the price over the list's mean, rank, and whether none is cheaper."""
     if np.isnan(prices).any():
         return np.zeros((len(prices), 3))
-    least = prices[prices > 0].min(initial=np.inf)  # what costs nothing is as the cheapest that does
-    logs = np.log(np.maximum(prices, least)) if np.isfinite(least) else np.zeros(len(prices))
+    logs = _logs(prices)
     return np.stack([logs - logs.mean(), price_ranks(prices), (prices == prices.min()).astype(float)], 1)
+
+
+def _sorted_by_price(slopes: Floats, price: Floats) -> Floats:
+    """Position and price once more where the list goes up in price, for there the first is the cheapest."""
+    logs = price[:, 0]
+    upwards = len(logs) > 1 and bool(logs.any()) and float((np.diff(logs) >= 0).mean()) > _SORTED
+    return np.stack([slopes[:, 0], slopes[:, 2], price[:, 1], logs], 1) * upwards
+
+
+def _price_taste(
+    slate: Slate, session: Sequence[Action], history: Sequence[Action], place: dict[int, int]
+) -> tuple[Floats, Floats, Floats]:
+    """How far each price is from those looked at on this list, and from those chosen before: in money and in level."""
+    prices, count = slate.prices, len(slate.items)
+    nothing = np.zeros((count, 4))
+    if np.isnan(prices).any():
+        return nothing, nothing, nothing
+    logs, own = _logs(prices), [one.price for one in history if one.price is not None]
+    on_list = [float(logs[place[one.item]]) for one in session if one.item in place]
+    last = [float(logs[place[one.item]]) for one in session[-1:] if one.item in place]
+    return (
+        _away([(logs, last), (logs, on_list)]),
+        _away([(logs, [one.log for one in own]), (logs, [one.log for one in own[-1:]])]),
+        _away([(price_ranks(prices), [one.rank for one in own]), (logs - logs.mean(), [one.level for one in own])]),
+    )
+
+
+def _away(pairs: Sequence[tuple[Floats, Sequence[float]]]) -> Floats:
+    """For each pair of values [P] and references, values less the references' mean, and how far that is; else 0."""
+    columns = []
+    for values, references in pairs:
+        away = values - np.mean(references) if references else np.zeros(len(values))
+        columns += [away, np.abs(away)]
+    return np.stack(columns, 1)
 
 
 def _recency(place: dict[int, int], recent: Sequence[int], count: int) -> Floats:

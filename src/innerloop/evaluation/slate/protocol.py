@@ -3,13 +3,14 @@
 The first part of the log (by time) trains; every later choice is scored and then learned from. The shared weights are
 fitted again whenever the lists learned from have grown by a quarter. Arms:
 
-    default, bayes     the user's own actions as features, and the user's own weights from earlier lists
-    anil, cavia, maml, reptile   heads on what the user's own weights act on, taught once (see heads.py)
+    default            the user's own actions as features, and the user's own weights from earlier lists
+    bayes, anil, cavia, maml, fomaml, reptile   heads on what the user's own weights act on, taught once (see heads.py)
     shared             the user's own actions as features, everybody's weights
     none               nothing of the user: position, price and popularity alone, weights fitted for just that
     placebo            actions and lists of another user
     stale-1h, -1d      actions and lists as known an hour, a day earlier
     last-interacted    the item last acted on in the session first, then as shown
+    recents            all items that the user has acted on first, the newest before the others, then as shown
     shown-order, popularity (halved every six hours), popularity-1h, price-rank (cheapest first), item-knn (like the
                        session's recent items), and of the stream protocol vsknn, ials, sasrec; ties as shown
 """
@@ -41,6 +42,7 @@ from innerloop.evaluation.slate.features import (
 from innerloop.evaluation.slate.heads import EPISODES, LISTS, HeadArms, teach
 from innerloop.evaluation.slate.log import SlateLog, read_log
 from innerloop.evaluation.slate.replay import DAY, HOUR, Choice, Replay, is_choice, until
+from innerloop.evaluation.taught_heads import HEADS
 from innerloop.learning.ads.choosers import Chooser, Seen
 
 _OWN = ("position slopes", "price", "recency", "own counts", "population")
@@ -225,10 +227,8 @@ def _ours(learner: _Learner, choice: Choice, known: Features, population: Popula
         return chooser.score_for(found, chooser.adapt(lists))
 
     lists = [chooser.own(one) for one in learner.lists(choice.user, now)]
-    default = chooser.score_for(known, chooser.adapt(lists))
     return {
-        "default": default,
-        "bayes": default,
+        "default": chooser.score_for(known, chooser.adapt(lists)),
         "shared": chooser.score(known),
         "none": nobody.score(known[:, layout.of_nobody]),
         "placebo": adapted(choice.other, choice.other_user, now),
@@ -244,8 +244,10 @@ def _baselines(choice: Choice, population: Population) -> dict[str, Floats]:
     recent = distinct(session)
     shown = -np.arange(len(items), dtype=np.float64) / (len(items) + 1)  # breaks ties as shown: less than 1
     last = slate.items == (recent[0] if recent else -1)
+    back = {item: at for at, item in enumerate(distinct(choice.history, most=len(choice.history)))}
     return {
         "last-interacted": last + shown,
+        "recents": _then(np.array([-back.get(item, len(back)) for item in items], np.float64), shown),
         "shown-order": shown,
         "popularity": _then(population.popularity(items, slate.time), shown),
         "popularity-1h": _then(population.last_hour(items, slate.time), shown),
@@ -262,7 +264,7 @@ def _then(first: Floats, second: Floats) -> Floats:
 
 
 _BASELINES = frozenset(
-    {"last-interacted", "shown-order", "popularity", "popularity-1h", "price-rank", "item-knn", *STREAM_ARMS}
+    {"last-interacted", "recents", "shown-order", "popularity", "popularity-1h", "price-rank", "item-knn", *STREAM_ARMS}
 )
 
 
@@ -281,7 +283,7 @@ def _outcome(log: SlateLog, course: _Course, facts: dict[str, object]) -> Outcom
         release="fitted during the run",
         facts=facts
         | {
-            "default": "bayes, on a ranker that is this protocol's own: adapt orders no lists that it is given",
+            "default": "a conditional logit that is this protocol's own: adapt orders no lists that it is given",
             "scored": len(scored),
             "actions": len(log),
             "fits": learner.fits,
@@ -291,8 +293,11 @@ def _outcome(log: SlateLog, course: _Course, facts: dict[str, object]) -> Outcom
             "lists in a head's support set at most": LISTS,
             "episodes of the heads at most": EPISODES,
             "newest lists learned from at most": {"shared weights": _MOST_LISTS, "users' own": _MOST_KEPT},
-            "trained once, before the first choice that is scored": ["anil", "cavia", "maml", "reptile", "sasrec"],
-            "left out": {"popularity in category": "the log names no categories"},
+            "trained once, before the first choice that is scored": [*HEADS, "sasrec"],
+            "left out": {
+                "popularity in category": "the log names no categories",
+                "carted, then recents": "the log's kinds of action are its own: none is known to be a cart",
+            },
             "gauc": "each list weighs as many as it has items",
         },
     )

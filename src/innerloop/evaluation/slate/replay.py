@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from innerloop.evaluation.slate.features import Action, Population, Slate, distinct
+from innerloop.evaluation.slate.features import Action, Population, Slate, distinct, price_of
 from innerloop.evaluation.slate.log import SlateLog
 
 HOUR, DAY = 3_600_000, 86_400_000
@@ -69,7 +69,7 @@ class Replay:
         history = [*own.get(user, []), *done][-CAPACITY:]
         theirs = own.get(other, []) if other is not None else []
         moved = [replace(a, session=session if a.session == theirs[-1].session else -1) for a in theirs]
-        chosen = int(np.flatnonzero(log.shown[row] == log.items[row])[0])
+        chosen = _place(log, row)
         return Choice(row, user, slate, chosen, history, moved, other, first)
 
     def _actions(self, row: int) -> list[Action]:
@@ -77,8 +77,10 @@ class Replay:
         log = self.log
         if log.items[row] < 0:
             return []
-        times, session, item = int(log.times[row]), int(log.sessions[row]), int(log.items[row])
-        return [Action(times, session, item, int(log.actions[row]), is_choice(log, row))]
+        time, session, item = int(log.times[row]), int(log.sessions[row]), int(log.items[row])
+        chosen = is_choice(log, row)
+        price = price_of(log.prices[row], _place(log, row)) if chosen else None
+        return [Action(time, session, item, int(log.actions[row]), chosen, price)]
 
     def _count(self, row: int, own: dict[int, list[Action]], active: list[int]) -> None:
         user = int(self.log.users[row])
@@ -99,6 +101,11 @@ class Replay:
 def is_choice(log: SlateLog, row: int) -> bool:
     """Whether a list was shown, and the item acted on is on it."""
     return len(log.shown[row]) > 0 and bool((log.shown[row] == log.items[row]).any())
+
+
+def _place(log: SlateLog, row: int) -> int:
+    """Where on its list the chosen item is."""
+    return int(np.flatnonzero(log.shown[row] == log.items[row])[0])
 
 
 def until(history: list[Action], time: int) -> list[Action]:
