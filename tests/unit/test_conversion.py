@@ -55,9 +55,8 @@ def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
-    assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
-    assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
-    assert "served" not in found.arms  # too few clicks for a release to have an ad model
+    assert set(found.arms) >= {"default", "live", "bayes", "shared", "none"}
+    assert set(found.arms) >= {"anil", "cavia", "maml", "fomaml", "reptile"}
     assert found.baselines == {"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
     assert found.labels.mean() > 0.05
@@ -66,7 +65,6 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
         assert ((predicted > 0) & (predicted < 1)).all()
     figures = {(row.arm, row.metric): row.value for row in rows(found, draws=20) if row.slice == "all"}
     assert figures["default", "auc"] > 0.7
-    assert figures["default", "auc"] > figures["placebo", "auc"] + 0.05
     assert figures["default", "log-loss"] < figures["global-rate", "log-loss"]
     assert figures["default", "predicted/observed"] == pytest.approx(1, abs=0.4)
     assert sum(found.slices[name].sum() for name in found.slices if name.startswith("day")) == len(found.users)
@@ -100,26 +98,48 @@ def test_what_comes_later_changes_no_earlier_prediction(tmp_path: Path) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, err_msg=arm)
 
 
-def test_what_is_served_was_learned_before_the_cut_and_knows_nothing_of_later(tmp_path: Path) -> None:
-    """Its rates are those of the cut: what others do after it changes nothing, what the user does changes a lot."""
+def test_where_a_release_has_an_ad_model_the_default_is_what_it_publishes(tmp_path: Path) -> None:
+    _events(clicks=2_500).write_parquet(tmp_path / "events.parquet")
+    found = conversion.run(tmp_path / "events.parquet", seed=0, tell=_tell)
+    assert found.facts["default"] == "as adapt publishes it, trained again every day"
+    figures = {(row.arm, row.metric): row.value for row in rows(found, draws=20) if row.slice == "all"}
+    for without in ("placebo", "stale-1h", "none"):
+        assert figures["default", "auc"] > figures[without, "auc"] + 0.03
+    assert figures["default", "predicted/observed"] == pytest.approx(1, abs=0.4)
+    assert (found.predictions["default"] != found.predictions["live"]).any()
+
+
+def test_few_events_teach_no_ad_model_and_the_default_is_live(file: Path) -> None:
+    found = conversion.run(file, seed=0, tell=_tell)
+    assert str(found.facts["default"]).startswith("`live`")
+    np.testing.assert_array_equal(found.predictions["default"], found.predictions["live"])
+    assert not {"placebo", "stale-1h", "stale-1d"} & set(found.arms)  # nothing is published to anybody
+
+
+def test_what_is_served_was_learned_before_its_day_and_knows_nothing_of_others_since(tmp_path: Path) -> None:
+    """What others do on a day changes nothing on it and a lot on the next, when a release has learned of it."""
     whole, cut = _events(clicks=2_500), _START + 5 * _DAY
     user = 7
     number = sorted(map(str, range(20))).index(str(user))  # all 20 users are there
     alone = whole.filter((pl.col("ts_ms") < cut) | (pl.col("user_id") == user))
-    found = []
+    found, first_day = [], np.zeros(0, bool)
     for name, table in (("a", whole), ("b", alone)):
         table.write_parquet(tmp_path / f"{name}.parquet")
         log = read_log(tmp_path / f"{name}.parquet", window=_DAY)
         at = log.clicks[log.times[log.clicks] >= cut]
-        chances = served(log, at, cut, window=_DAY, seed=0)
-        assert chances is not None
-        assert ((chances > 0) & (chances < 1)).all()
+        asked = {"mine": (log.users[at], log.times[at]), "before": (log.users[at], log.times[at] - _HOUR)}
+        chances = served(log, at, asked, cut, window=_DAY, seed=0)
+        assert all(((of > 0) & (of < 1)).all() for of in chances.values())
         sold = (log.attribution.converted_at[at] <= log.times[-1]).astype(float)
-        found.append(chances[log.users[at] == number])
+        first_day = log.times[at[log.users[at] == number]] < cut + _DAY
+        found.append(chances["mine"][log.users[at] == number])
         if name == "a":
-            assert auc(sold, chances, np.ones(len(at))) > 0.65
-    assert len(found[0]) == len(found[1]) > 5
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+            everybody = np.ones(len(at))
+            assert auc(sold, chances["mine"], everybody) > 0.65
+            assert auc(sold, chances["mine"], everybody) > auc(sold, chances["before"], everybody)
+    assert len(found[0]) == len(found[1]) > 10
+    np.testing.assert_allclose(found[0][first_day], found[1][first_day], rtol=1e-9)
+    assert (found[0][~first_day] != found[1][~first_day]).any()
 
 
 def test_what_is_known_of_an_item_is_what_a_loop_over_strictly_earlier_events_finds(file: Path) -> None:

@@ -1,10 +1,13 @@
-"""Every head that learns by episodes, taught alike: where the closed form is the default, these are arms beside it."""
+"""Every head by its name, taught alike by episodes: arms beside a default that is a model of another kind."""
+
+from dataclasses import replace
 
 from torch import Tensor
 
-from innerloop.learning.heads import META_TRAIN, BayesHead, Episodes, Head, NoneHead, Recipe
+from innerloop.learning.heads import META_TRAIN, Episodes, Head, MamlHead, NoneHead, Recipe
 
-HEADS = tuple(name for name in META_TRAIN if name not in {BayesHead.name, NoneHead.name})
+_FIRST_ORDER = {"fomaml": MamlHead.name}
+HEADS = (*(name for name in META_TRAIN if name != NoneHead.name), *_FIRST_ORDER)
 STEPS = 200
 """Steps of meta-training."""
 _EARLIER = 0.7
@@ -16,6 +19,10 @@ def earlier_part(examples: int) -> int:
 
 
 def taught(episodes: Episodes, start: Tensor, *, seed: int) -> dict[str, Head]:
-    """Each of the HEADS by its name, from the linear prior `start` [d]; labels are yes or no, and do not age."""
+    """Each of the HEADS by its name, from the linear prior `start` [d]; labels are yes or no, and do not age.
+
+    `fomaml` is MAML without second derivatives (Finn, Abbeel and Levine 2017).
+    """
     recipe = Recipe(seed=seed, steps=STEPS, likelihood="logistic", start=start)
-    return {name: META_TRAIN[name](episodes, recipe) for name in HEADS}
+    of = {name: replace(recipe, first_order=name in _FIRST_ORDER) for name in HEADS}
+    return {name: META_TRAIN[_FIRST_ORDER.get(name, name)](episodes, of[name]) for name in HEADS}

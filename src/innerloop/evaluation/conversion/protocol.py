@@ -2,19 +2,22 @@
 
 The clicks before the cut less the window train: their labels have matured by the cut. Every click after the cut is
 scored in order of time, from what had happened strictly before it; a purchase is known from its own time on, a click
-counts as a negative an hour after it, until a purchase says otherwise. Probabilities are calibrated again every day of
-the data on the clicks since the training part whose labels have matured. Arms:
+counts as a negative an hour after it, until a purchase says otherwise. Arms:
 
-    default, bayes     what the user's events say of the item, everybody's rates, and the user's own weights
-    anil, cavia, maml, reptile   heads on what the user's own weights act on (see heads.py)
-    shared             the same with everybody's weights
-    served             as adapt publishes it (see served.py): the rates and the calibration of the cut, and what
-                       was known when the user's event before came in
-    none               everybody's rates alone, weights fitted for just that
-    placebo            another user's events
-    stale-1h, -1d      the user's events as known an hour, a day earlier
+    default            as adapt publishes it, by a release that is trained again every day (see served.py): its rates
+                       and its calibration, and what was known when the user's event before came in; `live` where the
+                       events before the cut teach no ad model
+    placebo            the same with another user's events
+    stale-1h, -1d      the same with the user's events as known an hour, a day earlier
+    live               the same model with everybody's rates up to the click itself, learned once, at the cut
+    shared             `live` with everybody's weights
+    bayes, anil, cavia, maml, fomaml, reptile   heads on what the user's own weights act on in `live` (see heads.py)
+    none               everybody's rates alone, up to the click, weights fitted for just that
     global-rate, item-rate, category-rate, logistic (online, hashed), streaming-counts (logistic regression on counts
-                       and rates); calibrated like the others
+                       and rates)
+
+Probabilities of all but those that adapt publishes are calibrated again every day of the data, on the clicks since the
+training part whose labels have matured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,19 +80,18 @@ def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_
     tell("fitting", 0.4)
     fitted = _fit(case, everybody, own, seed)
     tell("scoring", 0.6)
-    logits = _ours(case, fitted, everybody, own, seed)
-    tell("heads", 0.7)
+    logits = _live(case, fitted, everybody, own)
+    tell("heads", 0.65)
     clicks = Clicks(log, case.histories, torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
     heads = teach(clicks, case.train, case.labels[case.train], seed=seed)
     logits |= head_logits(clicks, fitted.head, heads, case.asked)
     predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
-    predictions["bayes"] = predictions["default"]
-    published = served(log, case.at, cut, window=window, seed=seed)
-    if published is not None:
-        predictions["served"] = np.clip(published, _LEAST, 1 - _LEAST)
+    tell("as served", 0.75)
+    published = _served(case, seed)
+    predictions = {"default": predictions["live"]} | published | predictions
     tell("baselines", 0.8)
     predictions |= _baselines(case)
-    return _outcome(case, fitted, predictions, own)
+    return _outcome(case, fitted, predictions, own, served=bool(published))
 
 
 @dataclass(frozen=True)
@@ -160,27 +162,32 @@ def _fit(case: _Case, everybody: Population, own: Floats, seed: int) -> _Fitted:
     return _Fitted(head, np.log(alone / (1 - alone)), dict(zip(VARIANCES, losses, strict=False)))
 
 
-def _ours(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed: int) -> dict[str, Floats]:
+def _live(case: _Case, fitted: _Fitted, everybody: Population, own: Floats) -> dict[str, Floats]:
     log, at = case.log, case.at
-    users, times = log.users[at], log.times[at]
     support = fitted.head.own_features(torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
-    rate, columns = everybody.rate[case.asked], everybody.columns[case.asked]
-    found = {
-        "shared": support[case.asked, 0].numpy(),
+    windows, asked = case.histories.before(log.users[at], log.times[at]), support[case.asked]
+    return {
+        "live": adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked),
+        "shared": asked[:, 0].numpy(),
         "none": fitted.nobody,
     }
-    strangers = _strangers(users, seed)
-    for arm, whose, lag in (
-        ("default", users, 0),
-        ("placebo", strangers, 0),
-        ("stale-1h", users, HOUR),
-        ("stale-1d", users, DAY),
-    ):
-        windows = case.histories.before(whose, times - lag)
-        mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
-        asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
-        found[arm] = adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked)
-    return {arm: found[arm] for arm in ("default", "shared", "none", "placebo", "stale-1h", "stale-1d")}
+
+
+def _served(case: _Case, seed: int) -> dict[str, Floats]:
+    """What adapt publishes, to the user and as controls, of all clicks asked about: NaN before the cut."""
+    log, at = case.log, case.at[case.judged]
+    users, times = log.users[at], log.times[at]
+    asked = {
+        "default": (users, times),
+        "placebo": (_strangers(users, seed), times),
+        "stale-1h": (users, times - HOUR),
+        "stale-1d": (users, times - DAY),
+    }
+    found = {}
+    for arm, chances in served(log, at, asked, case.cut, window=case.window, seed=seed).items():
+        found[arm] = np.full(len(case.at), np.nan)
+        found[arm][case.judged] = np.clip(chances, _LEAST, 1 - _LEAST)
+    return found
 
 
 def _strangers(users: Ints, seed: int) -> Ints:
@@ -232,7 +239,7 @@ def _logit(probabilities: Floats) -> Floats:
 _BASELINES = frozenset({"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"})
 
 
-def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], own: Floats) -> Outcome:
+def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], own: Floats, *, served: bool) -> Outcome:
     log, judged = case.log, case.judged
     labels, trained = case.labels[case.asked][judged], case.labels[case.train]
     return Outcome(
@@ -250,9 +257,14 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
         smaller_is_better=frozenset({"log-loss", "calibration-error"}),
         release="fitted on the training part",
         facts={
-            "default": "bayes",
-            "calibration": "every arm and baseline alike: Platt's scaling, again every day, on clicks that had matured",
-            "trained once, on the training part": "every arm; rates, counts and `logistic` go on click by click",
+            "default": "as adapt publishes it, trained again every day"
+            if served
+            else "`live`: the events before the cut teach no ad model",
+            "calibration": "Platt's scaling, again every day, on clicks that had matured; what is served has its own",
+            "trained once, on the training part": "all but what is served; rates, counts and `logistic` go on by click",
+            "clicks whose window the data ends in": int(
+                (case.log.times[case.at] + case.window > case.log.times[-1]).sum()
+            ),
             "trained_on": len(case.train),
             "trained_on_sold": int(trained.sum()),
             "scored": len(labels),

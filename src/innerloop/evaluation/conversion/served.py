@@ -1,9 +1,11 @@
-"""The arm `served` of the conversion protocol: purchase given click as adapt publishes it.
+"""The arms of the conversion protocol that are the service itself: purchase given click as adapt publishes it.
 
-The ad model is learned of the events before the cut, as `innerloop train` does it, and stays as it was then: rates of
-items, calibration and all. A click is foretold as of the user's newest event before it, which is when the list with its
-chance was published; the other arms know of everybody's events, and of the time, up to the click itself.
+The ad model is learned of the events so far, as `innerloop train` does it every night, and stays as it was then: rates
+of items, calibration and all. A click is foretold as of the user's newest event before it, which is when the list with
+its chance was published; the arm `live` knows of everybody's events, and of the time, up to the click itself.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
@@ -13,7 +15,8 @@ from torch import Tensor
 from innerloop.evaluation.outcome import Floats, Ints
 from innerloop.learning.ads.ad_head import Ads
 from innerloop.learning.ads.ad_model import AdModel
-from innerloop.learning.ads.click_log import CAPACITY, ConversionLog, Histories
+from innerloop.learning.ads.attribution import DAY
+from innerloop.learning.ads.click_log import CAPACITY, ConversionLog, Histories, Windows
 from innerloop.learning.ads.pairs import KINDS
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.ads.teaching import learn_ads
@@ -23,13 +26,27 @@ from innerloop.support import EXAMPLE, SupportSets
 _TASKS_AT_ONCE = 1024
 
 
-def served(log: ConversionLog, at: Ints, cut: int, *, window: int, seed: int) -> Floats | None:
-    """Probabilities [M] of the clicks `at` [M]; None where the events before `cut` teach no ad model."""
-    model, _ = learn_ads(_history(log, cut), _encoder(log), capacity=CAPACITY, seed=seed, window=window)
-    if model is None:
-        return None
-    parts = [_chances(model, log, some) for some in np.array_split(at, len(at) // _TASKS_AT_ONCE + 1)]
-    return np.concatenate(parts)
+def served(
+    log: ConversionLog, at: Ints, asked: Mapping[str, tuple[Ints, Ints]], cut: int, *, window: int, seed: int
+) -> dict[str, Floats]:
+    """Probabilities [M] of the clicks `at` [M], none of which is before `cut` (epoch ms), by arm.
+
+    `asked` names for each arm whose events are looked at, and before which time, [M] each. No arm where the events
+    before the cut teach no ad model; where later ones don't, the model of the day before stays.
+    """
+    histories, encoder, model = Histories(log), _encoder(log), None
+    found = {arm: np.empty(len(at)) for arm in asked}
+    day = (log.times[at] - cut) // DAY
+    for number in np.unique(day).tolist():
+        history = _history(log, cut + number * DAY)
+        model = learn_ads(history, encoder, capacity=CAPACITY, seed=seed, window=window)[0] or model
+        if model is None:
+            return {}
+        rows = np.flatnonzero(day == number)
+        for some in np.array_split(rows, len(rows) // _TASKS_AT_ONCE + 1):
+            for arm, (users, times) in asked.items():
+                found[arm][some] = _chances(model, log, at[some], histories.before(users[some], times[some]))
+    return found
 
 
 def _history(log: ConversionLog, cut: int) -> pl.DataFrame:
@@ -55,9 +72,8 @@ def _encoder(log: ConversionLog) -> Encoder:
     return Encoder(names, torch.zeros(items, 3), known, torch.zeros(categories, 1), torch.from_numpy(of_item))
 
 
-def _chances(model: AdModel, log: ConversionLog, at: Ints) -> Floats:
-    """As `AdScorer.probabilities`, whose catalogue numbers items as the log does."""
-    windows = Histories(log).before(log.users[at], log.times[at])
+def _chances(model: AdModel, log: ConversionLog, at: Ints, windows: Windows) -> Floats:
+    """As `AdScorer.probabilities`, whose catalogue numbers items as the log does, to users with these events."""
     oldest_first = windows.mask[:, ::-1]
     places = windows.places[:, ::-1][oldest_first]
     sets = SupportSets(np.append(0, np.cumsum(oldest_first.sum(1))), np.zeros(len(places), EXAMPLE))
