@@ -153,7 +153,7 @@ class LearningSettings(_Section):
     0.5 KB each in a release."""
     attribution_hours: Annotated[float, Field(ge=0.001, le=8760)] = 24.0
     """A purchase belongs to a click of its item at most so long before. A release keeps what it was learned with: a
-    change counts from the next training on. `innerloop quality` goes on to judge ads by 24 hours."""
+    change counts from the next training on, and for `innerloop quality` from its next start."""
     click_hours: Annotated[float, Field(ge=0.001, le=8760)] = 1.0
     """A click belongs to an impression of its item at most so long before; one without a click is a negative then. As
     above, from the next training on."""

@@ -89,7 +89,7 @@ QUALITY_CLICKS = Gauge("innerloop_quality_clicks", "Clicks that were judged", ["
 QUALITY_USERS = Gauge("innerloop_quality_users", "Users whose clicks were judged", ["arm"])
 # By why: late (for a window that had been closed, since the last one), without_list (none was published before).
 QUALITY_UNJUDGED = Gauge("innerloop_quality_unjudged_clicks", "Clicks of the sample that were not judged", ["why"])
-QUALITY_AD_CLICKS = Gauge("innerloop_quality_ad_clicks", "Clicks on ads whose 24 hours ended in the window", ["arm"])
+QUALITY_AD_CLICKS = Gauge("innerloop_quality_ad_clicks", "Clicks on ads whose attribution ended in the window", ["arm"])
 QUALITY_AD_AUC = Gauge("innerloop_quality_ad_auc", "AUC of the ads' scores", ["arm"])
 QUALITY_AD_CALIBRATION = Gauge("innerloop_quality_ad_calibration_ratio", "Predicted / observed, of the ads", ["arm"])
 _VERSION = ["arm", "model_version"]  # of the newest two

@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from innerloop.evaluation.quality.figures import JudgedClick, effective_clicks, lifts
 from innerloop.evaluation.quality.record import QualityWindow
-from innerloop.evaluation.quality.state import Batch, Click, Listed, Progress, Purchase, User
+from innerloop.evaluation.quality.state import AdsListed, Batch, Click, Listed, Progress, Purchase, User
 from innerloop.evaluation.quality.windows import QualityWindows, WindowShape, held_against
 from innerloop.holdout import place
 
@@ -150,6 +151,20 @@ def test_a_time_ahead_of_its_arrival_does_not_close_windows() -> None:
     windows.hear(Batch("", 6_500))
     windows.hear(Batch("c", 7_500, clicks=[click(99_000, arrived=900)]))
     assert windows.closable(7_500) == []
+
+
+@pytest.mark.parametrize(("label_ms", "purchases", "told_in"), [(3_000, 1, 5_000), (1_500, 0, 3_000), (500, 0, 2_000)])
+def test_a_click_on_an_ad_waits_as_long_as_the_deployment_says(label_ms: int, purchases: int, told_in: int) -> None:
+    """Clicked at 2 s, bought at 4 s: told in the window in which the click's own window of `label_ms` ends."""
+    windows, found = QualityWindows(replace(SHAPE, label_ms=label_ms)), []
+    ads = [AdsListed("u", 1, 1_000, 1_010, 1_000, 1_010, "adapted", ["ad"], [0.25])]
+    clicks = [Click("u", 2_000, 2_000, "a", "ad", 1), click(3_500), click(4_500), click(5_500)]
+    windows.hear(Batch("c", 6_000, clicks=clicks, purchases=[Purchase("u", 4_000, "a")], ads=ads))
+    for now in range(6_000, 20_000, 1_000):
+        windows.hear(Batch("", now))
+        found += closed(windows, now)
+    told = [(window.window_start, arm.ads) for window in found for arm in window.arms if arm.ads is not None]
+    assert [(start, of.clicks, of.purchases) for start, of in told] == [(told_in, 1, purchases)]
 
 
 def test_an_erased_user_is_forgotten_at_once() -> None:

@@ -76,6 +76,7 @@ class Quality:
             1000 * quality.grace_seconds,
             int(1000 * quality.idle_seconds),
             quality.users,
+            round(3_600_000 * settings.learning.attribution_hours),
         )
         self._sampler = Sampler(quality.hold_out, float(quality.events_per_second))
         self._reader = Reader(settings)

@@ -19,7 +19,7 @@ class AtCutoff(msgspec.Struct, frozen=True):
 
 
 class AdFigures(msgspec.Struct, frozen=True):
-    """Of the clicks on ads whose 24 hours ended in this window, where a probability had been published.
+    """Of the clicks on ads whose attribution window ended in this one, where a probability had been published.
 
     `auc` and `predicted_over_observed` are null where the clicks do not have both outcomes, or no purchase.
     """

@@ -11,8 +11,8 @@ that is told again changes nothing.
 - **A click is judged** by the list of the highest order among its user's lists that were put on their topic before the
   click was put on its own, and whose newest event is older than the click. Either rule alone would do with true clocks:
   together, no list that knew the click can judge it, whichever clock is wrong.
-- **A click on an ad** is judged by the probability that the newest such list had for the ad, and labelled when its 24
-  hours have passed: was the ad's clicked item bought by this user within them?
+- **A click on an ad** is judged by the probability that the newest such list had for the ad, and labelled when
+  `label_ms` have passed: was the ad's clicked item bought by this user within them?
 - **The placebo**: a click that an adapted list has judged is judged again by the list that another user had then, of
   the next user in the order of a hash whose list at the click (the same two rules) was an adapted one. Users are in a
   ring, kept as they come and go: no click looks at more than `_LOOKED_AT` of them, and one that finds none has no
@@ -38,8 +38,6 @@ from innerloop.evaluation.quality.state import (
 )
 from innerloop.holdout import place
 
-LABEL_MS = 86_400_000
-"""A purchase within this time after the click is the click's."""
 _MOST = 256  # of each kind, of one user: more are a robot's
 _LOOKED_AT = 64  # users of the ring, for one click
 _RING_SEED = 20_260_103  # not the hold-out's: its users would all stand together
@@ -50,12 +48,13 @@ Some = TypeVar("Some", bound=Listed)
 
 @dataclass(frozen=True)
 class WindowShape:
-    """In milliseconds; `most_users` are remembered."""
+    """In milliseconds; `most_users` are remembered. A purchase within `label_ms` after the click is the click's."""
 
     window_ms: int
     grace_ms: int
     idle_ms: int
     most_users: int = 100_000
+    label_ms: int = 86_400_000
 
 
 @dataclass
@@ -124,7 +123,8 @@ class QualityWindows:
                     if listed is not None and listed.arm == "adapted" and (other := self._of_another(click)):
                         placebos.append(_judged(click, other, "placebo"))
                     self._wait_for_purchase(user, click)
-        ads = list(self._matured(self.progress.closed - LABEL_MS, end - LABEL_MS))
+        wait = self.shape.label_ms
+        ads = list(self._matured(self.progress.closed - wait, end - wait))
         by_arm, by_version = groups([*clicks, *placebos], ads)
         late, total = self.progress.late, len(clicks) + unlisted
         return QualityWindow(start, end, now, total, unlisted, late, by_arm, by_version, lifts(clicks))
@@ -138,7 +138,7 @@ class QualityWindows:
             oldest = min((each.time for each in self.users[name].ad_clicks), default=None)
             if oldest is None:
                 self._on_ads.discard(name)
-            elif oldest < self.progress.closed - LABEL_MS:
+            elif oldest < self.progress.closed - self.shape.label_ms:
                 self._tidy(name)
 
     def take_changes(self) -> set[str]:
@@ -211,7 +211,7 @@ class QualityWindows:
         user, closed = self.users[name], self.progress.closed
         user.clicks = [each for each in user.clicks if self._start(each.time) >= closed]
         user.lists, user.ads = _useful(user.lists, closed), _useful(user.ads, closed)
-        user.ad_clicks = [each for each in user.ad_clicks if each.time >= closed - LABEL_MS]
+        user.ad_clicks = [each for each in user.ad_clicks if each.time >= closed - self.shape.label_ms]
         needed = min((each.time for each in user.ad_clicks), default=closed)
         user.purchases = [each for each in user.purchases if each.time >= min(needed, closed)]
         self.changed.add(name)
@@ -248,7 +248,7 @@ class QualityWindows:
             user = self.users[name]
             for each in user.ad_clicks:
                 if after <= each.time < before:
-                    bought = any(_is_purchase_of(each, purchase) for purchase in user.purchases)
+                    bought = any(_is_purchase_of(each, purchase, self.shape.label_ms) for purchase in user.purchases)
                     yield JudgedAd(each.arm, each.model_version, each.probability, bought)
 
 
@@ -268,8 +268,8 @@ def _judged(click: Click, listed: Listed, arm: JudgedArm) -> JudgedClick:
     return JudgedClick(click.user_id, arm, listed.model_version, rank)
 
 
-def _is_purchase_of(click: AdClick, purchase: Purchase) -> bool:
-    return purchase.item_id == click.item_id and click.time < purchase.time <= click.time + LABEL_MS
+def _is_purchase_of(click: AdClick, purchase: Purchase, within: int) -> bool:
+    return purchase.item_id == click.item_id and click.time < purchase.time <= click.time + within
 
 
 def _useful(lists: list[Some], closed: int) -> list[Some]:
