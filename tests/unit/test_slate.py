@@ -263,6 +263,10 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
     _log(30).clear().write_parquet(tmp_path / "empty.parquet")
     with pytest.raises(SettingsError, match="no actions"):
         slate.run(tmp_path / "empty.parquet", seed=0, tell=_tell)
+    odd = pl.when(pl.col("step") == 2).then(float("nan")).otherwise("ts_ms").alias("ts_ms")
+    _log(30).with_columns(odd).write_parquet(tmp_path / "odd.parquet")
+    with pytest.raises(SettingsError, match="some without a time"):
+        slate.run(tmp_path / "odd.parquet", seed=0, tell=_tell)
     _log(30).write_parquet(tmp_path / "fine.parquet")
     with pytest.raises(SettingsError, match="between 0 and 1"):
         slate.run(tmp_path / "fine.parquet", seed=0, tell=_tell, train_share=1.0)
