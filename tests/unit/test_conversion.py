@@ -208,13 +208,14 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
     def refused(table: pl.DataFrame, message: str, **options: float) -> None:
         table.write_parquet(tmp_path / "x.parquet")
         with pytest.raises(SettingsError, match=message):
-            conversion.run(tmp_path / "x.parquet", seed=0, tell=_tell, **options)
+            conversion.run(tmp_path / "x.parquet", seed=0, tell=_tell, **options)  # type: ignore[arg-type]
 
     refused(_events().filter(pl.col("event_type") != "purchase"), "no event of type purchase")
     refused(_events().filter(pl.col("event_type") == "purchase"), "no event of type click")
     refused(_events(clicks=40), "clicks to train on")
     refused(_events(), "training share", train_share=0.0)
-    refused(_events(), "attribution window", window_hours=0.0)
+    for hours in (0.0, -1.0, float("nan"), float("inf"), 1e-7, 1e7):
+        refused(_events(), "attribution window", window_hours=hours)
     refused(_events().drop("user_id"), "user_id")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match="holds no file of events"):

@@ -453,17 +453,24 @@ def test_lists_are_long_enough_for_what_is_removed() -> None:
     assert list_length(replace(options, remove_seen=True)) >= 50 + 8
 
 
-@pytest.mark.parametrize(("warm_up", "most", "first"), [(None, 1.0, 600), (900, 1.0, 900), (0, 1.0, 0)])
+@pytest.mark.parametrize(("warm_up", "first"), [(None, 600), (900, 900), (0, 0)])
 @pytest.mark.parametrize("preset", [False, True])
 def test_the_warm_up_is_what_was_asked_for(
     warm_up: int | None,
-    most: float,
     first: int,
     preset: bool,  # noqa: FBT001
 ) -> None:
     log = stream_of(_history(1_000))
-    options = replace(OPTIONS, warm_up=warm_up, most_warm_up=0.95 if preset else most)
+    options = replace(OPTIONS, warm_up=warm_up, most_warm_up=0.95 if preset else None)
     assert stream_module._warm_up(log, options) == first
+
+
+def test_a_warm_up_that_the_data_has_not_is_refused() -> None:
+    log = stream_of(_history(1_000))
+    for preset, warm_up in ((None, 1_001), (None, 1_000), ("globo", 5_000), ("taobao", 1_000)):
+        with pytest.raises(SettingsError, match=rf"^A warm-up of {warm_up} events leaves none of the 1000 there are"):
+            stream_module._warm_up(log, options_of(preset, warm_up=warm_up))
+    assert stream_module._warm_up(log, options_of(None, warm_up=999)) == 999
 
 
 def test_a_presets_warm_up_that_most_of_the_data_would_go_into_is_the_usual_share() -> None:

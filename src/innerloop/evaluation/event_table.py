@@ -52,7 +52,8 @@ _BEYOND = 2.0**63
 def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
     """Read a .csv, .jsonl / .ndjson or .parquet file of events into an event table.
 
-    `columns` maps names of the table to names in the file (`{"item_id": "sku"}`) and goes before the usual names.
+    `columns` maps names of the table to names in the file (`{"item_id": "sku"}`) and goes before the usual names; None
+    where nobody was asked for it.
     Raises SettingsError when the file is missing or unreadable, or a column cannot be found or understood.
     """
     path = Path(path)
@@ -64,7 +65,7 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
         names=_NAMES,
         required=_REQUIRED,
         table="the event table",
-        advice="map one with columns {}=NAME",
+        advice="rename one" if columns is None else "map one with --column {}=NAME",
     )
     table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
     table = _typed(table, path)

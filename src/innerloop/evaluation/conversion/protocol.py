@@ -53,20 +53,31 @@ SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (1
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
 _LEAST = 1e-7
+_LONGEST = 8_760 * HOUR  # as `learning.attribution_hours` may be
 
 
-def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_share: float = 0.7) -> Outcome:
+def run(
+    data: Path,
+    *,
+    seed: int,
+    tell: Tell,
+    window_hours: float = 24.0,
+    train_share: float = 0.7,
+    columns: Mapping[str, str] | None = None,
+) -> Outcome:
     """Judge every arm on the clicks after the first `train_share` of the time span of `data` (a file or a folder).
+
+    `columns` maps names, as in `event_table.read_events`.
 
     Raises SettingsError when the data cannot be read, or holds too few clicks or conversions to train on or to score.
     """
     if not 0.0 < train_share < 1.0:
         raise SettingsError(f"The training share is {train_share}: give one between 0 and 1.")
-    if window_hours <= 0:
-        raise SettingsError(f"The attribution window is {window_hours} h: give one above 0.")
+    if not 1 <= window_hours * HOUR <= _LONGEST:
+        raise SettingsError(f"The attribution window is {window_hours} h: give a millisecond to a year (8760 h).")
     window = int(window_hours * HOUR)
     tell("reading", 0.0)
-    log = read_log(data, window=window)
+    log = read_log(data, window=window, columns=columns)
     cut = int(log.times[0] + train_share * (log.times[-1] - log.times[0]))
     case = _Case.of(log, cut, window, data)
     tell("counting", 0.1)
