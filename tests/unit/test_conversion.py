@@ -57,6 +57,7 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
     assert set(found.arms) >= {"default", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
     assert set(found.arms) >= {"anil", "cavia", "maml", "reptile"}
+    assert "left out" not in found.facts
     assert "served" not in found.arms  # too few clicks for a release to have an ad model
     assert found.baselines == {"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
@@ -71,6 +72,14 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     assert figures["default", "predicted/observed"] == pytest.approx(1, abs=0.4)
     assert sum(found.slices[name].sum() for name in found.slices if name.startswith("day")) == len(found.users)
     assert sum(found.slices[name].sum() for name in found.slices if name.startswith("support")) == len(found.users)
+
+
+def test_alone_a_user_has_no_placebo(tmp_path: Path) -> None:
+    _events().with_columns(user_id=pl.lit(7)).write_parquet(tmp_path / "one.parquet")
+    found = conversion.run(tmp_path / "one.parquet", seed=0, tell=_tell)
+    assert {"default", "none", "stale-1h"} <= set(found.arms)
+    assert "placebo" not in found.arms
+    assert found.facts["left out"] == {"placebo": "all clicks that are scored are one user's"}
 
 
 def test_the_same_seed_gives_the_same_figures(file: Path) -> None:

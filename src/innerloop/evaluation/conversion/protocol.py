@@ -11,7 +11,7 @@ the data on the clicks since the training part whose labels have matured. Arms:
     served             as adapt publishes it (see served.py): the rates and the calibration of the cut, and what
                        was known when the user's event before came in
     none               everybody's rates alone, weights fitted for just that
-    placebo            another user's events
+    placebo            another user's events, where there is one
     stale-1h, -1d      the user's events as known an hour, a day earlier
     global-rate, item-rate, category-rate, logistic (online, hashed), streaming-counts (logistic regression on counts
                        and rates); calibrated like the others
@@ -53,6 +53,7 @@ SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (1
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
 _LEAST = 1e-7
+_ALONE = "all clicks that are scored are one user's"
 _LONGEST = 8_760 * HOUR  # as `learning.attribution_hours` may be
 
 
@@ -181,24 +182,23 @@ def _ours(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed
         "none": fitted.nobody,
     }
     strangers = _strangers(users, seed)
-    for arm, whose, lag in (
-        ("default", users, 0),
-        ("placebo", strangers, 0),
-        ("stale-1h", users, HOUR),
-        ("stale-1d", users, DAY),
-    ):
+    known = {"default": (users, 0), "stale-1h": (users, HOUR), "stale-1d": (users, DAY)}
+    if strangers is not None:
+        known["placebo"] = strangers, 0
+    for arm, (whose, lag) in known.items():
         windows = case.histories.before(whose, times - lag)
         mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
         asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
         found[arm] = adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked)
-    return {arm: found[arm] for arm in ("default", "shared", "none", "placebo", "stale-1h", "stale-1d")}
+    order = ("default", "shared", "none", "placebo", "stale-1h", "stale-1d")
+    return {arm: found[arm] for arm in order if arm in found}
 
 
-def _strangers(users: Ints, seed: int) -> Ints:
-    """For each moment another user, drawn from all that are scored; the same one where there is only one."""
+def _strangers(users: Ints, seed: int) -> Ints | None:
+    """For each moment another user, drawn from all that are scored; None where there is only one."""
     distinct = np.unique(users)
     if len(distinct) == 1:
-        return users
+        return None
     own = np.searchsorted(distinct, users)
     moved = own + np.random.default_rng(seed).integers(1, len(distinct), len(users))
     return np.asarray(distinct[moved % len(distinct)], np.int64)
@@ -274,6 +274,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "log-loss by that variance": {str(key): round(value, 5) for key, value in fitted.losses.items()},
             "columns": own.shape[1],
             "episodes of the heads at most": EPISODES,
+            **({} if "placebo" in predictions else {"left out": {"placebo": _ALONE}}),
         },
     )
 
