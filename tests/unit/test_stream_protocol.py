@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.shop import Process, Shop
 from innerloop.evaluation.stream import protocol as stream_module
 from innerloop.evaluation.stream import served as served_module
-from innerloop.evaluation.stream.arms import ranks
+from innerloop.evaluation.stream.arms import StreamArm, ranks
 from innerloop.evaluation.stream.baselines import NAMES
 from innerloop.evaluation.stream.options import PRESETS, StreamOptions, options_of
 from innerloop.evaluation.stream.protocol import Heard, moments, run
 from innerloop.evaluation.stream.served import School, Served, list_length, seen
 from innerloop.events import CODES
+from innerloop.learning.heads import Head
 from innerloop.learning.releases import Release
 from innerloop.learning.scorer import Lists, Scorer
 from innerloop.learning.stream_log import StreamLog, stream_of
@@ -56,7 +58,7 @@ def events() -> pl.DataFrame:
 def _no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads and baselines, which take most of the time, are left out."""
     monkeypatch.setattr(served_module, "teach_heads", lambda *_args, **_named: {})
-    monkeypatch.setattr(stream_module, "baselines", lambda *_args: [])
+    monkeypatch.setattr(stream_module, "baselines", lambda *_args, **_named: [])
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,25 @@ def test_without_sessions_the_sessions_asked_for_are_visits(events: pl.DataFrame
     assert outcome.facts["sessions"] == "visits that end after 30 min"
     asked = run(_write(tmp_path, events), options, tell=_quiet)
     assert asked.facts["sessions"] == "as in the data"
+
+
+def test_every_part_of_a_run_gets_its_seed(
+    events: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: dict[str, object] = {}
+
+    def heads(*_args: object, settings: LearningSettings, **_named: object) -> dict[str, Head]:
+        seeds["heads"] = settings.seed
+        return {}
+
+    def arms(*_args: object, **named: object) -> list[StreamArm]:
+        seeds["baselines"] = named.get("seed")
+        return []
+
+    monkeypatch.setattr(served_module, "teach_heads", heads)
+    monkeypatch.setattr(stream_module, "baselines", arms)
+    run(_write(tmp_path, events), replace(OPTIONS, every=20), seed=5, tell=_quiet)
+    assert seeds == {"heads": 5, "baselines": 5}
 
 
 def test_without_examples_default_is_the_unadapted_list(outcome: Outcome) -> None:

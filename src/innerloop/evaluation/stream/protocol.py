@@ -113,7 +113,7 @@ def run(
     release = school.release(start, lambda what, share: tell(what, 0.2 * share))
     served = Served(log, school, release, options)
     answers = served.answers(rows, seed=seed, tell=lambda share: tell("ours", 0.2 + 0.4 * share))
-    theirs = baselines(log, options)
+    theirs = baselines(log, options, seed=seed)
     for number, arm in enumerate(theirs):
         tell(arm.name, 0.6 + 0.3 * number / len(theirs))
         answers[arm.name] = _asked(arm, log, rows, options)
