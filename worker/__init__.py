@@ -2,7 +2,7 @@
 
 Where each of them is:
 
-    cli.py               the command line, which hands over to all others
+    cli.py, columns.py   the command line, which hands over to all others
     processes.py         what an ingest or adapt process is made of
     pool.py, devices.py  several of them, on which device each
     health.py, gauges.py, endpoint.py, logs.py

@@ -11,6 +11,7 @@ from innerloop.config import HttpSettings, Settings, load_settings
 from innerloop.errors import InnerloopError, StopError
 
 from . import dlq, evaluate
+from .columns import Columns, columns_of
 from .logs import configure_logs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -152,7 +153,7 @@ def quality() -> None:
 @app.command()
 def train(
     events: Annotated[Path | None, typer.Option(help="CSV, JSON Lines or Parquet; default: the database.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
+    column: Columns = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Use this first share of the file, by time.")] = 1.0,
     items: Annotated[Path | None, typer.Option(help="What is said of items; default: the catalogue topic.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Resume the sequence model's training from here.")] = None,
@@ -163,14 +164,14 @@ def train(
     """
     from .train import Source, run_train  # noqa: PLC0415
 
-    run_train(_settings("train"), Source(events, _columns(column), share, items), checkpoint)
+    run_train(_settings("train"), Source(events, columns_of(column), share, items), checkpoint)
 
 
 @app.command()
 def replay(  # noqa: PLR0917 - a command's options
     file: Annotated[Path, typer.Argument(help="CSV, JSON Lines or Parquet.")],
     rate: Annotated[str, typer.Option(help="Events per second, or max.")] = "1000",
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
+    column: Columns = None,
     start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Skip this first share of the file.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many events.")] = None,
     shift_to_now: Annotated[bool, typer.Option(help="Move the times so that the newest event is of now.")] = False,  # noqa: FBT002
@@ -178,7 +179,7 @@ def replay(  # noqa: PLR0917 - a command's options
     """Send a file of events to the event topics, keyed by user."""
     from .replay import run_replay  # noqa: PLC0415
 
-    run_replay(_settings("replay"), file, rate, _columns(column), start, limit, shift_to_now=shift_to_now)
+    run_replay(_settings("replay"), file, rate, columns_of(column), start, limit, shift_to_now=shift_to_now)
 
 
 @app.command()
@@ -234,7 +235,7 @@ def demo(  # noqa: PLR0917 - a command's options
     history: Annotated[float, typer.Option(min=0.01, max=0.99, help="First share by time, to train on.")] = 0.5,
     rate: Annotated[str, typer.Option(help="Events per second, or max.")] = "500",
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many rows of the file.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for columns named differently.")] = None,
+    column: Columns = None,
     report: Annotated[Path | None, typer.Option(help="Write the summary here as JSON.")] = None,
     data: Annotated[Path | None, typer.Option(help="Keep Kafka's and Postgres's data here.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Adapt processes.")] = 2,
@@ -250,7 +251,7 @@ def demo(  # noqa: PLR0917 - a command's options
         history=history,
         rate=rate,
         limit=limit,
-        columns=_columns(column),
+        columns=columns_of(column),
         report=report,
         data=data,
         workers=workers,
@@ -260,15 +261,3 @@ def demo(  # noqa: PLR0917 - a command's options
     settings = load_settings()
     configure_logs(settings.model_copy(update={"log_level": "warning"}), process="demo")
     sys.exit(run_demo(settings, options))
-
-
-def _columns(pairs: list[str] | None) -> dict[str, str]:
-    from innerloop.errors import SettingsError  # noqa: PLC0415
-
-    mapping = {}
-    for pair in pairs or []:
-        ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
-            raise SettingsError(f"--column {pair} is not ours=theirs: write for instance --column item_id=sku.")
-        mapping[ours] = theirs
-    return mapping

@@ -1,8 +1,10 @@
 """`innerloop evaluate PROTOCOL`: run one protocol over a data set and write its scoreboard."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from innerloop.config import MOST_SEED, SEQUENCES
 from innerloop.errors import SettingsError
+from innerloop.evaluation.stream.options import PRESETS, in_words, usual
+
+from .columns import Columns, columns_of
 
 if TYPE_CHECKING:
     from innerloop.evaluation.outcome import Outcome, Tell
@@ -21,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure every arm and the baseline
 Data = Annotated[Path, typer.Option(help="A file of events or ratings, or a folder with such files.")]
 Folder = Annotated[Path, typer.Option(help="report.json and report.html go here.")]
 Draws = Annotated[int, typer.Option(min=20, help="Draws of the bootstrap.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same figures.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same figures.")]
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,11 @@ class _Job:
     seed: int
 
     def judge(self, run: "Callable[[Tell], Outcome]") -> None:
-        """Run the protocol under a progress bar, then write and show its report."""
-        from innerloop.evaluation.report import Report  # noqa: PLC0415 - each command imports what it runs
+        """Run the protocol under a progress bar, then show and write its report. Raises SettingsError."""
+        from innerloop.evaluation.report import Report, require_writable  # noqa: PLC0415 - each command imports what it runs
         from innerloop.evaluation.scoreboard import rows  # noqa: PLC0415
 
+        require_writable(self.report)
         started = time.monotonic()
         with _bar() as bar:
             task = bar.add_task(self.protocol, total=1.0)
@@ -47,10 +54,10 @@ class _Job:
             found = rows(outcome, draws=self.draws, seed=self.seed)
             bar.update(task, completed=1.0)
         seconds = time.monotonic() - started
-        written = Report(self.protocol, str(self.data), outcome.release, seconds, found, outcome.facts)
-        written.write(self.report)
+        report = Report(self.protocol, str(self.data), outcome.release, seconds, found, outcome.facts)
         console = Console()
-        console.print(written.table())
+        console.print(report.table())  # first: should the disk be full by now, the figures are not lost
+        report.write(self.report)
         console.print(f"Written: {self.report}/report.json and report.html.", markup=False, highlight=False)
 
 
@@ -124,14 +131,18 @@ def conversion(  # noqa: PLR0917 - options by name
     seed: Seed = 0,
     train_share: Share = 0.7,
     window_hours: Annotated[float, typer.Option(help="A purchase this long after a click still belongs to it.")] = 24.0,
+    column: Columns = None,
 ) -> None:
     """The chance that a click is followed by a purchase of its item within the attribution window."""
     from innerloop.evaluation.conversion import protocol as conversion  # noqa: PLC0415
 
+    columns = columns_of(column)
     job = _Job("conversion", data, report, draws, seed)
-    job.judge(
-        lambda tell: conversion.run(data, seed=seed, tell=tell, window_hours=window_hours, train_share=train_share)
-    )
+    given = partial(conversion.run, data, window_hours=window_hours, train_share=train_share, columns=columns)
+    job.judge(lambda tell: given(seed=seed, tell=tell))
+
+
+_PRESETS = ". ".join(f"{name}: {in_words(options)}" for name, options in PRESETS.items())
 
 
 @app.command("stream")
@@ -140,17 +151,44 @@ def stream(  # noqa: PLR0917 - options by name
     report: Folder,
     draws: Draws = 500,
     seed: Seed = 0,
-    preset: Annotated[str | None, typer.Option(help="globo or taobao: the options below, bundled.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Options below, bundled; one that is given as well holds. {_PRESETS}.")
+    ] = None,
+    column: Columns = None,
     history: Annotated[Path | None, typer.Option(help="Earlier events to train on and warm up with.")] = None,
     items: Annotated[Path | None, typer.Option(help="A file of what is said of items, as for train.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Type of event to foresee; may be given again.")] = None,
-    remove_seen: Annotated[bool | None, typer.Option(help="Leave out what the user has had an event with.")] = None,
-    within_session: Annotated[bool | None, typer.Option(help="Ask only inside a session.")] = None,
-    every: Annotated[int | None, typer.Option(min=1, help="Ask at every so-manieth moment.")] = None,
-    warm_up: Annotated[int | None, typer.Option(min=1, help="Events at the start that are only learned from.")] = None,
-    hits: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of a hit rate; may be given again.")] = None,
-    reciprocal: Annotated[list[int] | None, typer.Option(min=1, help="Cut-off of an MRR; may be given again.")] = None,
-    sequence: Annotated[str | None, typer.Option(help="Sequence model: auto, off, pooled, gru or attention.")] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Type of event to foresee; may be given again.", show_default=usual("targets")),
+    ] = None,
+    remove_seen: Annotated[
+        bool | None,
+        typer.Option(help="Leave out what the user has had an event with.", show_default=usual("remove_seen")),
+    ] = None,
+    within_session: Annotated[
+        bool | None,
+        typer.Option(help="Ask only inside a session.", show_default=usual("within_session")),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask at every so-manieth moment.", show_default=usual("every")),
+    ] = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(min=1, help="Events at the start that are only learned from.", show_default=usual("warm_up")),
+    ] = None,
+    hits: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Cut-off of a hit rate; may be given again.", show_default=usual("hits")),
+    ] = None,
+    reciprocal: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Cut-off of an MRR; may be given again.", show_default=usual("reciprocal")),
+    ] = None,
+    sequence: Annotated[
+        str | None,
+        typer.Option(help=f"Sequence model: {', '.join(SEQUENCES)}.", show_default=usual("sequence")),
+    ] = None,
     through_kafka: Annotated[bool, typer.Option(help="Also send the events through the real loop.")] = False,  # noqa: FBT002
     rate: Annotated[float, typer.Option(min=1, help="Events per second through the loop.")] = 500.0,
 ) -> None:
@@ -171,9 +209,13 @@ def stream(  # noqa: PLR0917 - options by name
         reciprocal=tuple(reciprocal) if reciprocal else None,
         sequence=sequence,
     )
+    columns = columns_of(column)
     job = _Job("stream", data, report, draws, seed)
+    if not math.isfinite(rate):
+        raise SettingsError(f"A rate of {rate} events per second is none: give a number from 1.")
     live = _live(rate) if through_kafka else None
-    job.judge(lambda tell: stream.run(data, options, history=history, items=items, seed=seed, tell=tell, live=live))
+    given = partial(stream.run, data, options, history=history, items=items, columns=columns, live=live)
+    job.judge(lambda tell: given(seed=seed, tell=tell))
 
 
 def _live(rate: float) -> "Live":

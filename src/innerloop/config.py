@@ -20,6 +20,10 @@ from innerloop.errors import SettingsError
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+SEQUENCES = ("auto", "off", "pooled", "gru", "attention")
+"""What `learning.sequence` may be."""
+MOST_SEED = 2**32 - 1
+"""Some generators take no larger seed, and none a negative one."""
 
 
 class _Section(BaseModel):
@@ -140,8 +144,8 @@ class AdaptSettings(_Section):
 class LearningSettings(_Section):
     method: str = "bayes"
     dimension: Positive = 64
-    seed: int = 0
-    sequence: Annotated[str, Field(pattern="^(auto|off|pooled|gru|attention)$")] = "auto"
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
+    sequence: Annotated[str, Field(pattern=f"^({'|'.join(SEQUENCES)})$")] = "auto"
     """The sequence model's history encoder. `auto` trains `pooled` and keeps it if lists of what came later are better
     for it; a kind that is named is kept in any case."""
     sequence_episodes: bool = True

@@ -9,10 +9,10 @@ three Newton steps, the gradient heads with 5 steps, networks with 32 hidden uni
 heads.<method>.<users>             median of --repeats runs after one that doesn't count
 heads.learn2learn-maml.<users>     learn2learn 0.2.0 in an environment of its own, the same network, examples and steps,
                                    on one thread (more slow it down); one run, cloning included, imports not
-heads.<method>.<users>.cuda        the same on a GPU, where there is one; `.of_floor` is the share of the time that
-                                   reading the examples and writing the parameters once (at the bandwidth of a large
-                                   copy) or the multiply-adds (at the rate of a large float32 product) take at least,
-                                   whichever is more
+heads.<method>.<users>.cuda        the same on a GPU, where there is one, learn2learn on it as well; `.of_floor` is the
+                                   share of the time that reading the examples and writing the parameters once (at the
+                                   bandwidth of a large copy) or the multiply-adds (at the rate of a large float32
+                                   product) take at least, whichever is more
 score.*                            scoring large catalogues, exactly and by an index: see score.py; `--items` without a
                                    number leaves it out
 
@@ -69,14 +69,13 @@ def main() -> int:
     with torch.inference_mode():
         for users in asked.users:
             some = support.take(slice(0, users))
-            peer = None if asked.no_peer else _peer(report, heads["maml"], some)
+            peer = None if asked.no_peer else _peer(report, heads["maml"], some, "cpu")
             for name, head in heads.items():
                 _require_same_alone(name, head, some)
                 rates = measure(lambda head=head, some=some: head.adapt(some), users, asked.repeats)  # type: ignore[misc]
-                note = "" if peer is None or name in _CONTROLS else f"{median(rates) / peer:,.0f} times {_PEER}"
-                report.add_median(f"heads.{name}.{users}", rates, _UNIT, note)
+                report.add_median(f"heads.{name}.{users}", rates, _UNIT, _compared(name, rates, peer))
         if torch.cuda.is_available():
-            _measure_cuda(report, heads, support, asked)
+            _measure_on("cuda", report, heads, support, asked)
         else:
             CONSOLE.print("CUDA: not run, this machine has none.")
         measure_scoring(report, asked)
@@ -168,22 +167,33 @@ def _require_same_alone(name: str, head: Head, support: Support) -> None:
 # --- the peer
 
 
-def _peer(report: Report, head: Head, support: Support) -> float | None:
+def _peer(report: Report, head: Head, support: Support, device: str) -> float | None:
     """Users per second of learn2learn on the same network, whose parameters have to agree; None if not measured."""
-    row = f"heads.{_PEER}.{len(support.mask)}"
+    there = "" if device == "cpu" else f".{device}"
+    row = f"heads.{_PEER}.{len(support.mask)}{there}"
     try:
-        parameters, rate = _run_peer(head, support)
+        parameters, rate = _run_peer(head, support, device)
     except PeerError as error:
         report.missing(row, _UNIT, str(error))
         return None
-    if float((head.adapt(support) - parameters).abs().max()) > _TOLERANCE:
+    if float((head.adapt(support) - parameters).abs().max()) > _tolerance(device):
         raise SystemExit(f"{row}: its networks are not those of heads.maml.")
     report.add(row, rate, _UNIT, "one user after the other")
     return rate
 
 
-def _run_peer(head: Head, support: Support) -> tuple[torch.Tensor, float]:
-    """All users' parameters [T, P] and users per second. Raises PeerError."""
+def _tolerance(device: str) -> float:
+    """By how much parameters may differ from ours on the CPU."""
+    return _TOLERANCE if device == "cpu" else 10 * _TOLERANCE
+
+
+def _compared(name: str, rates: list[float], peer: float | None) -> str:
+    """How often as fast as the peer on the same device a method is."""
+    return "" if peer is None or name in _CONTROLS else f"{median(rates) / peer:,.0f} times {_PEER}"
+
+
+def _run_peer(head: Head, support: Support, device: str) -> tuple[torch.Tensor, float]:
+    """All users' parameters [T, P], and users per second on the device. Raises PeerError."""
     if not isinstance(head, MamlHead):
         raise TypeError(f"{head.name} is not what the peer does")
     python = environment("learn2learn")
@@ -192,7 +202,7 @@ def _run_peer(head: Head, support: Support) -> tuple[torch.Tensor, float]:
         given, found = Path(folder) / "given.npz", Path(folder) / "found.npz"
         arrays = {name: getattr(examples, name).numpy() for name in ("features", "labels", "shares")}
         np.savez(given, start=head.start.numpy(), rate=_RATE, steps=_STEPS, hidden=_HIDDEN, **arrays)
-        command = [str(python), str(PEERS / "learn2learn_maml.py"), str(given), str(count), str(found), "1"]
+        command = [str(python), str(PEERS / "learn2learn_maml.py"), str(given), str(count), str(found), "1", device]
         try:
             done = subprocess.run(
                 command,
@@ -213,45 +223,49 @@ def _run_peer(head: Head, support: Support) -> tuple[torch.Tensor, float]:
 # --- a GPU
 
 
-def _measure_cuda(report: Report, heads: dict[str, Head], support: Support, asked: argparse.Namespace) -> None:
-    """Every head on the GPU, where its parameters have to be those of the CPU, against what it must at least take."""
-    bandwidth, products = _copied_per_second(), _products_per_second()
-    report.add("heads.cuda.bandwidth", bandwidth / 1e9, "GB/s", "copy of 1 GiB, read and written")
-    report.add("heads.cuda.float32", products / 1e12, "TFLOP/s", "product of 8,192 x 8,192 without TF32")
+def _measure_on(
+    device: str, report: Report, heads: dict[str, Head], support: Support, asked: argparse.Namespace
+) -> None:
+    """Every head on the GPU, where its parameters have to be those of the CPU, against what it must at least take.
+
+    The peer is measured on the same device.
+    """
+    bandwidth, products = _copied_per_second(device), _products_per_second(device)
+    report.add(f"heads.{device}.bandwidth", bandwidth / 1e9, "GB/s", "copy of 1 GiB, read and written")
+    report.add(f"heads.{device}.float32", products / 1e12, "TFLOP/s", "product of 8,192 x 8,192 without TF32")
     for users in asked.users:
         some = support.take(slice(0, users))
-        there = Support(
-            some.features.cuda(), some.labels.cuda(), some.weights.cuda(), some.ages.cuda(), some.mask.cuda()
-        )
+        there = Support(**{name: values.to(device) for name, values in vars(some).items()})
+        peer = None if asked.no_peer else _peer(report, heads["maml"], some, device)
         for name, head in heads.items():
-            moved = _moved(head)
-            if float((moved.adapt(there).cpu() - head.adapt(some)).abs().max()) > 10 * _TOLERANCE:
+            moved = _moved(head, device)
+            if float((moved.adapt(there).cpu() - head.adapt(some)).abs().max()) > _tolerance(device):
                 raise SystemExit(f"heads.{name}: the GPU gives other parameters than the CPU.")
             rates = measure(lambda moved=moved, there=there: moved.adapt(there), users, asked.repeats)  # type: ignore[misc]
             floor = max(_bytes(head, some) / bandwidth, _operations(name, some) * users / products)
-            report.add_median(f"heads.{name}.{users}.cuda", rates, _UNIT)
+            report.add_median(f"heads.{name}.{users}.{device}", rates, _UNIT, _compared(name, rates, peer))
             share = floor * median(rates) / users
             report.add(
-                f"heads.{name}.{users}.cuda.of_floor", share, "of the floor's speed", f"floor {floor * 1e6:.1f} us"
+                f"heads.{name}.{users}.{device}.of_floor", share, "of the floor's speed", f"floor {floor * 1e6:.1f} us"
             )
 
 
-def _moved(head: Head) -> Head:
+def _moved(head: Head, device: str) -> Head:
     from innerloop.learning.heads import RESTORE  # noqa: PLC0415
 
-    return RESTORE[head.name]({name: value.cuda() for name, value in head.state().items()})
+    return RESTORE[head.name]({name: value.to(device) for name, value in head.state().items()})
 
 
-def _copied_per_second() -> float:
-    source = torch.empty(2**28, device="cuda")
+def _copied_per_second(device: str) -> float:
+    source = torch.empty(2**28, device=device)
     target = torch.empty_like(source)
     rates = measure(lambda: target.copy_(source), 1, 9)
     return 2 * source.numel() * source.element_size() * median(rates)
 
 
-def _products_per_second() -> float:
+def _products_per_second(device: str) -> float:
     side = 8_192
-    matrix = torch.randn(side, side, device="cuda")
+    matrix = torch.randn(side, side, device=device)
     return 2 * side**3 * median(measure(lambda: matrix @ matrix, 1, 9))
 
 

@@ -141,3 +141,30 @@ def test_a_warm_up_beside_a_history_is_refused(bare_shell: Shell) -> None:
     assert done.code == 2
     assert _is_one_sentence(done.err)
     assert "--warm-up" in done.err
+
+
+@pytest.mark.parametrize("protocol", ["stream", "conversion", "sequence", "slate", "cold-start"])
+def test_a_report_that_cannot_be_written_is_one_sentence_before_anything_is_read(
+    bare_shell: Shell, protocol: str
+) -> None:
+    (bare_shell.folder / "file").touch()
+    done = bare_shell.finish(
+        bare_shell.start("evaluate", protocol, "--data", "absent", "--report", "file"), seconds=_SECONDS
+    )
+    assert done.code == 2
+    assert _is_one_sentence(done.err)
+    assert "--report" in done.err
+
+
+def test_a_column_of_another_name_is_mapped_as_the_sentence_about_it_says(bare_shell: Shell) -> None:
+    _shop(bare_shell.folder / "shop.parquet", 50)
+    table = pl.read_parquet(bare_shell.folder / "shop.parquet").rename({"item_id": "thing"})
+    table.write_parquet(bare_shell.folder / "shop.parquet")
+    given = "evaluate", "stream", "--data", "shop.parquet", "--report", "out"
+    done = bare_shell.finish(bare_shell.start(*given), seconds=_SECONDS)
+    assert done.code == 2
+    assert _is_one_sentence(done.err)
+    assert "map one with --column item_id=NAME" in done.err
+    done = bare_shell.finish(bare_shell.start(*given, "--column", "item_id=thing"), seconds=_SECONDS)
+    assert _is_one_sentence(done.err)
+    assert "training needs 100 or more" in done.err

@@ -55,7 +55,7 @@ def _short_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
     found = conversion.run(file, seed=0, tell=_tell)
-    assert set(found.arms) >= {"default", "live", "bayes", "shared", "none"}
+    assert set(found.arms) >= {"default", "live", "bayes", "shared", "none", "placebo", "stale-1h", "stale-1d"}
     assert set(found.arms) >= {"anil", "cavia", "maml", "fomaml", "reptile"}
     assert found.baselines == {"global-rate", "item-rate", "category-rate", "streaming-counts", "logistic"}
     assert found.labels is not None
@@ -65,10 +65,19 @@ def test_every_arm_is_judged_on_every_click_after_the_cut(file: Path) -> None:
         assert ((predicted > 0) & (predicted < 1)).all()
     figures = {(row.arm, row.metric): row.value for row in rows(found, draws=20) if row.slice == "all"}
     assert figures["default", "auc"] > 0.7
+    assert figures["default", "auc"] > figures["placebo", "auc"] + 0.05
     assert figures["default", "log-loss"] < figures["global-rate", "log-loss"]
     assert figures["default", "predicted/observed"] == pytest.approx(1, abs=0.4)
     assert sum(found.slices[name].sum() for name in found.slices if name.startswith("day")) == len(found.users)
     assert sum(found.slices[name].sum() for name in found.slices if name.startswith("support")) == len(found.users)
+
+
+def test_alone_a_user_has_no_placebo(tmp_path: Path) -> None:
+    _events().with_columns(user_id=pl.lit(7)).write_parquet(tmp_path / "one.parquet")
+    found = conversion.run(tmp_path / "one.parquet", seed=0, tell=_tell)
+    assert {"default", "none", "stale-1h"} <= set(found.arms)
+    assert "placebo" not in found.arms
+    assert found.facts["left out"] == {"placebo": "all clicks that are scored are one user's"}
 
 
 def test_the_same_seed_gives_the_same_figures(file: Path) -> None:
@@ -113,7 +122,7 @@ def test_few_events_teach_no_ad_model_and_the_default_is_live(file: Path) -> Non
     found = conversion.run(file, seed=0, tell=_tell)
     assert str(found.facts["default"]).startswith("`live`")
     np.testing.assert_array_equal(found.predictions["default"], found.predictions["live"])
-    assert not {"placebo", "stale-1h", "stale-1d"} & set(found.arms)  # nothing is published to anybody
+    assert (found.predictions["default"] != found.predictions["placebo"]).any()
 
 
 def test_what_is_served_was_learned_before_its_day_and_knows_nothing_of_others_since(tmp_path: Path) -> None:
@@ -228,13 +237,14 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
     def refused(table: pl.DataFrame, message: str, **options: float) -> None:
         table.write_parquet(tmp_path / "x.parquet")
         with pytest.raises(SettingsError, match=message):
-            conversion.run(tmp_path / "x.parquet", seed=0, tell=_tell, **options)
+            conversion.run(tmp_path / "x.parquet", seed=0, tell=_tell, **options)  # type: ignore[arg-type]
 
     refused(_events().filter(pl.col("event_type") != "purchase"), "no event of type purchase")
     refused(_events().filter(pl.col("event_type") == "purchase"), "no event of type click")
     refused(_events(clicks=40), "clicks to train on")
     refused(_events(), "training share", train_share=0.0)
-    refused(_events(), "attribution window", window_hours=0.0)
+    for hours in (0.0, -1.0, float("nan"), float("inf"), 1e-7, 1e7):
+        refused(_events(), "attribution window", window_hours=hours)
     refused(_events().drop("user_id"), "user_id")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingsError, match="holds no file of events"):

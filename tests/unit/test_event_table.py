@@ -121,6 +121,30 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, name: str, column
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e300, None])
+@pytest.mark.parametrize("now", [MOMENT / 1000, float(MOMENT)])
+def test_a_time_that_is_no_number_is_as_unusable_as_none(
+    tmp_path: Path, suffix: str, odd: float | None, now: float
+) -> None:
+    path = _written(tmp_path, f"e{suffix}", _events(event_time=[odd, now]).drop("ts_ms"))
+    with pytest.raises(SettingsError, match=r"has 1 rows without a usable event_time: remove them"):
+        read_events(path)
+
+
+@pytest.mark.parametrize("odd", ["NaN", "inf", "1e300"])
+def test_nor_is_a_text_that_reads_as_no_number_a_time(tmp_path: Path, odd: str) -> None:
+    with pytest.raises(SettingsError, match=r"has 1 rows without a usable event_time"):
+        read_events(_written(tmp_path, "e.jsonl", _events(ts_ms=[odd, str(MOMENT)])))
+
+
+@pytest.mark.parametrize("kind", [pl.Time(), pl.Duration("ms")])
+def test_an_hour_of_the_day_or_a_span_is_no_time(tmp_path: Path, kind: pl.DataType) -> None:
+    frame = _events().with_columns(pl.col("ts_ms").cast(kind, strict=False))
+    with pytest.raises(SettingsError, match=r"has times of type .*: give epoch numbers or RFC 3339 text"):
+        read_events(_written(tmp_path, "e.parquet", frame))
+
+
 def test_impressions_are_nothing_that_anybody_did(tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
     path.write_text("user_id,item_id,event_time,event_type\nu,a,1,click\nu,b,2,view_promotion\nu,c,3,buy\n")

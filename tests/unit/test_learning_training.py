@@ -14,8 +14,9 @@ import torch
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.shop import Process, Shop
+from innerloop.learning import training
 from innerloop.learning.episodes import episodes_of, log_of
-from innerloop.learning.heads import META_TRAIN, Head, NoneHead
+from innerloop.learning.heads import META_TRAIN, Episodes, Head, NoneHead, Recipe
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer
@@ -214,6 +215,48 @@ def test_every_head_is_taught_over_the_releases_vectors(release: Release, heads:
         scores = head.score(head.adapt(support), release.item_vectors)
         assert scores.shape == (10, len(release.item_ids)), name
         assert bool(scores.isfinite().all()), name
+
+
+@pytest.mark.parametrize("method", ["anil", "cavia", "maml", "reptile"])
+def test_a_head_is_taught_by_what_the_seed_draws(release: Release, method: str) -> None:
+    log = log_of(_shop()[0].head(1_500), WEIGHTS, release.item_ids)
+    rows = torch.arange(1_000, 1_060)
+
+    def state(seed: int) -> dict[str, torch.Tensor]:
+        teach = training._methods(seed)[method]
+        return teach(log, release.item_vectors, rows, training.Choice(), 16).state()
+
+    first, again, other = state(5), state(5), state(6)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("method", ["anil", "cavia", "maml", "reptile"])
+def test_the_seed_of_the_settings_reaches_what_a_head_is_taught_by(
+    release: Release, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: set[tuple[int, int]] = set()
+    drawn: list[int] = []
+
+    def episodes(*given: object, **named: object) -> Episodes:
+        drawn[:] = [int(str(named["seed"]))]
+        return episodes_of(*given, **named)  # type: ignore[arg-type]
+
+    def taught(_episodes: Episodes, recipe: Recipe) -> Head:
+        seeds.add((drawn[0], recipe.seed))
+        assert recipe.start is not None
+        return NoneHead(recipe.start)
+
+    monkeypatch.setattr(training, "episodes_of", episodes)
+    for name in META_TRAIN:
+        monkeypatch.setitem(META_TRAIN, name, taught)
+    settings = LearningSettings(dimension=16, method=method, sequence="off", seed=7)
+    train(_shop()[0].head(1_000), settings=settings, weights=WEIGHTS, capacity=16, version=1)
+    assert seeds == {(7, 7)}
+    seeds.clear()
+    settings = LearningSettings(dimension=16, sequence="off", seed=8)
+    teach_heads(_shop()[0], release, settings=settings, weights=WEIGHTS, capacity=16)
+    assert seeds == {(8, 8)}
 
 
 def test_episodes_ask_for_what_came_next_among_items_drawn_as_often_as_they_are_met(release: Release) -> None:

@@ -169,6 +169,38 @@ def test_a_pooled_statistic_gets_each_users_moments_as_often_as_the_user_was_dra
     assert [row.low, row.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.01)
 
 
+def test_a_pooled_statistic_is_of_the_moments_an_arm_was_asked_at_and_a_difference_of_those_of_both() -> None:
+    """Where the arm was asked it predicts what `none` does, which elsewhere is no better than chance."""
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(60), 5)
+    labels = rng.integers(0, 2, 300).astype(float)
+    asked = (np.arange(300) % 3 > 0) & (users > 5)  # some users at no moment
+    none = np.where(asked, labels, 0.0) + rng.normal(size=300)
+    given = Outcome(
+        users,
+        frozenset(),
+        labels=labels,
+        predictions={"none": none, "placebo": np.where(asked, none, np.nan), "nobody": np.full(300, np.nan)},
+        pooled={"auc": auc},
+    )
+    table = found(given)
+    row, everywhere = table["placebo", "auc", "all"], table["none", "auc", "all"]
+    assert row.value == pytest.approx(auc(labels[asked], none[asked], np.ones(asked.sum())))
+    assert row.value > everywhere.value + 0.03
+    assert row.low < row.value < row.high
+    assert (row.n, everywhere.n) == (asked.sum(), 300)
+    difference = table["placebo - none", "auc", "all"]
+    assert [difference.value, difference.low, difference.high, difference.n] == [0.0, 0.0, 0.0, asked.sum()]
+    assert not [key for key in table if "nobody" in key[0]]
+
+
+def test_a_draw_without_anybody_who_was_asked_has_no_figure() -> None:
+    users, values = np.arange(3), np.array([0.5, np.nan, np.nan])
+    weighted = {"mean": lambda _y, p, w: float(w @ p / w.sum())}
+    row = found(Outcome(users, frozenset(), labels=np.ones(3), predictions={"a": values}, pooled=weighted))
+    assert [row["a", "mean", "all"].low, row["a", "mean", "all"].high] == [0.5, 0.5]
+
+
 def test_draws_without_a_positive_do_not_spoil_the_interval() -> None:
     labels = np.array([1.0, 0.0, 0.0, 0.0])
     given = Outcome(np.arange(4), frozenset(), labels=labels, predictions={"default": labels}, pooled={"auc": auc})

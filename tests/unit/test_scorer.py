@@ -188,7 +188,8 @@ def test_the_head_is_told_as_a_feature_and_as_its_lift_over_the_prior(
     release: Release, log: StreamLog, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Also where scores aren't linear in the vectors."""
-    monkeypatch.setattr(training, "_HEADS", {name: training._HEADS[name]})
+    methods = training._methods(0)
+    monkeypatch.setattr(training, "_methods", lambda _seed: {name: methods[name]})
     settings = LearningSettings(dimension=12, sequence="off")
     head = teach_heads(_history().head(1_600), release, settings=settings, weights=WEIGHTS, capacity=CAPACITY)[name]
     assert head.linear == (name == "bayes")

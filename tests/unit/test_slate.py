@@ -86,6 +86,26 @@ def test_every_arm_is_judged_on_the_same_later_choices(file: Path) -> None:
     assert figures["none", "mrr"] > figures["placebo", "mrr"] - 0.1
 
 
+def test_there_is_a_placebo_only_once_somebody_else_was_there(tmp_path: Path) -> None:
+    """The first choices that are scored come before anybody but their user did anything; or all are one user's."""
+    late = _log().with_columns(user_id=pl.when(pl.col("session_id") < 80).then(1).otherwise(pl.col("user_id") + 2))
+    late.write_parquet(tmp_path / "late.parquet")
+    found = slate.run(tmp_path / "late.parquet", seed=0, tell=_tell)
+    for values in (found.means["placebo"]["mrr"], found.predictions["placebo"]):
+        others = np.isfinite(values)
+        assert not others[:20].any()
+        assert others[20:].all()
+    for arm in set(found.arms) - {"placebo"}:
+        assert np.isfinite(found.means[arm]["mrr"]).all()
+    counts = {(row.arm, row.metric): row.n for row in rows(found, draws=20) if row.slice == "all"}
+    assert {counts["placebo", metric] for metric in ("mrr", "gauc")} == {others.sum()}
+    assert {counts["default", metric] for metric in ("mrr", "gauc")} == {60}
+    _log().with_columns(user_id=1).write_parquet(tmp_path / "one.parquet")
+    outcome = slate.run(tmp_path / "one.parquet", seed=0, tell=_tell)
+    assert np.isnan(outcome.means["placebo"]["mrr"]).all()
+    assert not [row for row in rows(outcome, draws=20) if row.arm.startswith("placebo")]
+
+
 def test_the_same_seed_gives_the_same_figures(file: Path) -> None:
     first, again = (slate.run(file, seed=3, tell=_tell) for _ in range(2))
     for arm in first.arms:
@@ -272,6 +292,10 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(tmp_path: Path) -> None:
     _log(30).clear().write_parquet(tmp_path / "empty.parquet")
     with pytest.raises(SettingsError, match="no actions"):
         slate.run(tmp_path / "empty.parquet", seed=0, tell=_tell)
+    odd = pl.when(pl.col("step") == 2).then(float("nan")).otherwise("ts_ms").alias("ts_ms")
+    _log(30).with_columns(odd).write_parquet(tmp_path / "odd.parquet")
+    with pytest.raises(SettingsError, match="some without a time"):
+        slate.run(tmp_path / "odd.parquet", seed=0, tell=_tell)
     _log(30).write_parquet(tmp_path / "fine.parquet")
     with pytest.raises(SettingsError, match="between 0 and 1"):
         slate.run(tmp_path / "fine.parquet", seed=0, tell=_tell, train_share=1.0)

@@ -465,6 +465,17 @@ def test_the_same_seed_gives_the_same_scores(name: str) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("name", ["ials", "sasrec"])
+def test_what_draws_at_random_draws_by_the_runs_seed(name: str) -> None:
+    log = _log(7)
+
+    def scores(seed: int) -> Scores:
+        (arm,) = (arm for arm in baselines(log, StreamOptions(), seed=seed) if arm.name == name)
+        return _asked(arm, log, [150], shown=150)[0]
+
+    assert scores(5) == scores(5) != scores(6)
+
+
 def test_every_log_gets_the_arms_that_apply() -> None:
     shop, bare = _log(8), stream_of(_table(8).drop("category").with_columns(event_type=pl.lit("click")))
     assert {arm.name for arm in baselines(shop, StreamOptions())} == NAMES == set(MAKERS)

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.shop import Process, Shop
 from innerloop.evaluation.stream import protocol as stream_module
 from innerloop.evaluation.stream import served as served_module
-from innerloop.evaluation.stream.arms import ranks
+from innerloop.evaluation.stream.arms import StreamArm, ranks
 from innerloop.evaluation.stream.baselines import NAMES
 from innerloop.evaluation.stream.options import PRESETS, StreamOptions, options_of
 from innerloop.evaluation.stream.protocol import Heard, moments, run
 from innerloop.evaluation.stream.served import School, Served, list_length, seen
 from innerloop.events import CODES
+from innerloop.learning.heads import Head
 from innerloop.learning.releases import Release
 from innerloop.learning.scorer import Lists, Scorer
 from innerloop.learning.stream_log import StreamLog, stream_of
@@ -56,7 +58,7 @@ def events() -> pl.DataFrame:
 def _no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads and baselines, which take most of the time, are left out."""
     monkeypatch.setattr(served_module, "teach_heads", lambda *_args, **_named: {})
-    monkeypatch.setattr(stream_module, "baselines", lambda *_args: [])
+    monkeypatch.setattr(stream_module, "baselines", lambda *_args, **_named: [])
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,25 @@ def test_without_sessions_the_sessions_asked_for_are_visits(events: pl.DataFrame
     assert outcome.facts["sessions"] == "visits that end after 30 min"
     asked = run(_write(tmp_path, events), options, tell=_quiet)
     assert asked.facts["sessions"] == "as in the data"
+
+
+def test_every_part_of_a_run_gets_its_seed(
+    events: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: dict[str, object] = {}
+
+    def heads(*_args: object, settings: LearningSettings, **_named: object) -> dict[str, Head]:
+        seeds["heads"] = settings.seed
+        return {}
+
+    def arms(*_args: object, **named: object) -> list[StreamArm]:
+        seeds["baselines"] = named.get("seed")
+        return []
+
+    monkeypatch.setattr(served_module, "teach_heads", heads)
+    monkeypatch.setattr(stream_module, "baselines", arms)
+    run(_write(tmp_path, events), replace(OPTIONS, every=20), seed=5, tell=_quiet)
+    assert seeds == {"heads": 5, "baselines": 5}
 
 
 def test_without_examples_default_is_the_unadapted_list(outcome: Outcome) -> None:
@@ -453,17 +474,24 @@ def test_lists_are_long_enough_for_what_is_removed() -> None:
     assert list_length(replace(options, remove_seen=True)) >= 50 + 8
 
 
-@pytest.mark.parametrize(("warm_up", "most", "first"), [(None, 1.0, 600), (900, 1.0, 900), (0, 1.0, 0)])
+@pytest.mark.parametrize(("warm_up", "first"), [(None, 600), (900, 900), (0, 0)])
 @pytest.mark.parametrize("preset", [False, True])
 def test_the_warm_up_is_what_was_asked_for(
     warm_up: int | None,
-    most: float,
     first: int,
     preset: bool,  # noqa: FBT001
 ) -> None:
     log = stream_of(_history(1_000))
-    options = replace(OPTIONS, warm_up=warm_up, most_warm_up=0.95 if preset else most)
+    options = replace(OPTIONS, warm_up=warm_up, most_warm_up=0.95 if preset else None)
     assert stream_module._warm_up(log, options) == first
+
+
+def test_a_warm_up_that_the_data_has_not_is_refused() -> None:
+    log = stream_of(_history(1_000))
+    for preset, warm_up in ((None, 1_001), (None, 1_000), ("globo", 5_000), ("taobao", 1_000)):
+        with pytest.raises(SettingsError, match=rf"^A warm-up of {warm_up} events leaves none of the 1000 there are"):
+            stream_module._warm_up(log, options_of(preset, warm_up=warm_up))
+    assert stream_module._warm_up(log, options_of(None, warm_up=999)) == 999
 
 
 def test_a_presets_warm_up_that_most_of_the_data_would_go_into_is_the_usual_share() -> None:

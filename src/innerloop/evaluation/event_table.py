@@ -46,12 +46,14 @@ _TYPES = {
 _SYNONYMS = {name: kind for kind, names in _TYPES.items() for name in names}
 # Epoch numbers by size: seconds until the year 5138, then milliseconds, microseconds, nanoseconds.
 _SECONDS, _MILLISECONDS, _MICROSECONDS = 1e11, 1e14, 1e17
+_BEYOND = 2.0**63
 
 
 def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
     """Read a .csv, .jsonl / .ndjson or .parquet file of events into an event table.
 
-    `columns` maps names of the table to names in the file (`{"item_id": "sku"}`) and goes before the usual names.
+    `columns` maps names of the table to names in the file (`{"item_id": "sku"}`) and goes before the usual names; None
+    where nobody was asked for it.
     Raises SettingsError when the file is missing or unreadable, or a column cannot be found or understood.
     """
     path = Path(path)
@@ -63,7 +65,7 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
         names=_NAMES,
         required=_REQUIRED,
         table="the event table",
-        advice="map one with columns {}=NAME",
+        advice="rename one" if columns is None else "map one with --column {}=NAME",
     )
     table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
     table = _typed(table, path)
@@ -156,17 +158,19 @@ def identifiers_of(column: pl.Series) -> pl.Series:
 def event_times(column: pl.Series, path: Path) -> pl.Series:
     """Epoch milliseconds from numbers (unit by size), dates, RFC 3339 text or numbers as text.
 
-    Raises SettingsError for anything else.
+    Null where the number is NaN, infinite or beyond 64 bits. Raises SettingsError for anything else.
     """
     if column.dtype == pl.String:
         numbers = column.cast(pl.Float64, strict=False)
         if numbers.null_count() > column.null_count():
             return _parsed(column, path)
         column = numbers
-    if column.dtype.is_temporal():
+    if column.dtype in (pl.Date, pl.Datetime):
         return column.cast(pl.Datetime("ms")).cast(pl.Int64)
     if not column.dtype.is_numeric():
         raise SettingsError(f"{path} has times of type {column.dtype}: give epoch numbers or RFC 3339 text.")
+    usable = column.cast(pl.Float64).abs() < _BEYOND  # which NaN is not, either
+    column = pl.select(pl.when(usable).then(column).alias(column.name)).to_series()
     largest = float(column.abs().max() or 0)  # type: ignore[arg-type]
     if largest < _SECONDS:
         return (column.cast(pl.Float64) * 1000).round().cast(pl.Int64)

@@ -27,10 +27,10 @@ class Outcome:
 
     `users` [N] numbers the user of each moment: users, not moments, are what the bootstrap draws. `slices` names
     subsets; `all` is always there besides. `means[arm][metric]` is [N], NaN where the arm wasn't asked.
-    `predictions[arm]` [N] goes with `labels` [N] into each of the `pooled` statistics. `baselines` names the arms that
-    are what shops run today, in contrast to ours and to the controls. Of the metrics in `smaller_is_better` the least
-    is best. `differences` names pairs of arms whose difference is told besides the usual ones. `facts` (what was
-    trained on, settings found, seconds by arm) goes into the report as it is.
+    `predictions[arm]` [N], NaN likewise, goes with `labels` [N] into each of the `pooled` statistics. `baselines` names
+    the arms that are what shops run today, in contrast to ours and to the controls. Of the metrics in
+    `smaller_is_better` the least is best. `differences` names pairs of arms whose difference is told besides the usual
+    ones. `facts` (what was trained on, settings found, seconds by arm) goes into the report as it is.
     """
 
     users: Ints

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ import plotly.io
 from plotly.colors import qualitative
 from rich.table import Table
 
+from innerloop.errors import SettingsError
 from innerloop.evaluation.scoreboard import Row
 
+_JSON, _PAGE = "report.json", "report.html"
 _FEW_METRICS = 4  # more do not fit beside each other with their intervals
 _DAY = re.compile(r"(?:(?P<of>.+), )?(?:\d{4}-\d{2}-\d{2}|day \d+)")
 _STYLE = """
@@ -41,8 +44,10 @@ class Report:
     facts: Mapping[str, object]
 
     def write(self, folder: Path) -> None:
-        """Write report.json and report.html into `folder`, which is made. NaN becomes null."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write report.json and report.html into `folder`, which is made. NaN becomes null.
+
+        Raises SettingsError when they cannot be written.
+        """
         content = {
             "protocol": self.protocol,
             "data": self.data,
@@ -51,8 +56,12 @@ class Report:
             "rows": [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows],
             "facts": _plain(self.facts),
         }
-        (folder / "report.json").write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
-        (folder / "report.html").write_text(self._page())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _JSON).write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+            (folder / _PAGE).write_text(self._page())
+        except OSError as error:
+            raise _unwritable(folder, error) from None
 
     def table(self) -> Table:
         """The slice over everything, one line an arm, one column a metric; of many metrics without the intervals."""
@@ -85,6 +94,26 @@ class Report:
             f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
             f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
         )
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder, and see that a report can be written there: not only after the hours that a run may take.
+
+    Raises SettingsError when it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for file in (folder / _JSON, folder / _PAGE):
+            if file.exists():
+                file.open("a").close()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> SettingsError:
+    why = error.strerror or type(error).__name__
+    return SettingsError(f"The report cannot be written to {folder} ({why}): name another folder with --report.")
 
 
 def _section(name: str, rows: Sequence[Row]) -> str:

@@ -5,8 +5,8 @@ Tibshirani 1993, chapter 8) and an interval is between the 2.5% and 97.5% points
 judged on the same draws, so the interval of a difference is of the paired difference.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,19 +63,32 @@ _Figures = dict[tuple[str, str], _Figure]
 
 
 def _differences(outcome: Outcome, chosen: Bools, figures: _Figures, draws: int, seed: int) -> _Figures:
-    """One draw's difference is that of the arms' figures; of means that were asked at other moments, see below."""
+    """One draw's difference is that of the arms' figures; of arms that were asked at other moments, see below."""
     found: _Figures = {}
     apart: dict[tuple[str, str], Floats] = {}
     for arm, other, metric in _pairs(outcome, figures):
         key = f"{arm} - {other}", metric
-        if metric in outcome.means.get(arm, {}):
-            ours, theirs = outcome.means[arm][metric][chosen], outcome.means[other][metric][chosen]
-            if not np.array_equal(np.isnan(ours), np.isnan(theirs)):
-                apart[key] = ours - theirs  # NaN where one of them wasn't asked
+        asked, also = _asked(outcome, arm, metric), _asked(outcome, other, metric)
+        of = figures
+        if not np.array_equal(asked[chosen], also[chosen]):
+            if metric not in outcome.pooled:
+                apart[key] = (outcome.means[arm][metric] - outcome.means[other][metric])[chosen]  # NaN but where both
                 continue
-        ours, theirs = figures[arm, metric].draws, figures[other, metric].draws
-        found[key] = _Figure(ours - theirs, figures[arm, metric].n)
+            of = _pooled(_only(outcome, (arm, other), metric, asked & also), chosen, draws, seed)
+        if (arm, metric) in of:
+            found[key] = _Figure(of[arm, metric].draws - of[other, metric].draws, of[arm, metric].n)
     return found | _of_values(outcome.users[chosen], apart, draws, seed)
+
+
+def _asked(outcome: Outcome, arm: str, metric: str) -> Bools:
+    """At which moments [N] an arm has what the metric is made of."""
+    return ~np.isnan(outcome.predictions[arm] if metric in outcome.pooled else outcome.means[arm][metric])
+
+
+def _only(outcome: Outcome, arms: Iterable[str], metric: str, moments: Bools) -> Outcome:
+    """The same with these arms alone, asked at these moments [N] alone, for this pooled metric."""
+    predictions = {arm: np.where(moments, outcome.predictions[arm], np.nan) for arm in arms}
+    return replace(outcome, predictions=predictions, pooled={metric: outcome.pooled[metric]})
 
 
 def _pairs(outcome: Outcome, figures: _Figures) -> Iterator[tuple[str, str, str]]:
@@ -128,18 +141,20 @@ def _of_values(owners: Ints, values: Mapping[tuple[str, str], Floats], draws: in
 
 
 def _pooled(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:
+    """Of each arm's moments that were asked. A draw of users without any has no figure: NaN."""
     if outcome.labels is None or not outcome.predictions:
         return {}
-    labels = outcome.labels[chosen]
     users = np.unique(outcome.users[chosen], return_inverse=True)[1]
     count = int(users.max()) + 1
     figures: _Figures = {}
     for arm, predicted in outcome.predictions.items():
-        mine = predicted[chosen]
+        asked = ~np.isnan(predicted[chosen])
+        if not asked.any():
+            continue
+        owners, labels, mine = users[asked], outcome.labels[chosen][asked], predicted[chosen][asked]
         for metric, statistic in outcome.pooled.items():
-            results = [
-                statistic(labels, mine, weight[users]) for part in _weights(count, draws, seed) for weight in part
-            ]
+            drawn = (weight[owners] for part in _weights(count, draws, seed) for weight in part)
+            results = [statistic(labels, mine, weights) if weights.any() else np.nan for weights in drawn]
             figures[arm, metric] = _Figure(np.array(results), len(labels))
     return figures
 

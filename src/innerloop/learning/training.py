@@ -127,8 +127,8 @@ def train(
     Raises SettingsError when the history is too small or the method is unknown. The same history and seed give the same
     release on the same machine.
     """
-    if settings.method not in _HEADS:
-        raise SettingsError(f"learning.method is {settings.method}: choose one of {', '.join(_HEADS)}.")
+    if settings.method not in META_TRAIN:
+        raise SettingsError(f"learning.method is {settings.method}: choose one of {', '.join(META_TRAIN)}.")
     tell = progress or (lambda _what, _share: None)
     shown, history = (
         history.filter(kind) for kind in (pl.col("event_type") == IMPRESSION, pl.col("event_type") != IMPRESSION)
@@ -206,7 +206,8 @@ class _Lesson:
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
-        return _HEADS[self.settings.method](log, vectors, self.newest(log, tasks), choice, self.capacity)
+        teach = _methods(self.settings.seed)[self.settings.method]
+        return teach(log, vectors, self.newest(log, tasks), choice, self.capacity)
 
     def newest(self, log: Log, tasks: int) -> Tensor:
         """The newest event of each of at most `tasks` tasks, drawn at random."""
@@ -351,18 +352,23 @@ def _none(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int
     return NoneHead(_bayes(log, vectors, rows, choice, capacity).prior)
 
 
-def _by_steps(name: str) -> Callable[[Log, Tensor, Tensor, Choice, int], Head]:
+_Teach = Callable[[Log, Tensor, Tensor, Choice, int], Head]
+
+
+def _methods(seed: int) -> dict[str, _Teach]:
+    """How each head is taught, by its name."""
+    return {name: _by_steps(name, seed) for name in META_TRAIN} | {BayesHead.name: _bayes, NoneHead.name: _none}
+
+
+def _by_steps(name: str, seed: int) -> _Teach:
     """Teach a head by episodes, from the closed form's prior."""
 
     def teach(log: Log, vectors: Tensor, rows: Tensor, choice: Choice, capacity: int) -> Head:
-        episodes = episodes_of(log, rows, vectors, capacity, negatives=_NEGATIVES, seed=0)
+        episodes = episodes_of(log, rows, vectors, capacity, negatives=_NEGATIVES, seed=seed)
         start = _bayes(log, vectors, rows, choice, capacity).prior
-        return META_TRAIN[name](episodes, Recipe(half_life=choice.half_life, start=start))
+        return META_TRAIN[name](episodes, Recipe(seed=seed, half_life=choice.half_life, start=start))
 
     return teach
-
-
-_HEADS = {name: _by_steps(name) for name in META_TRAIN} | {BayesHead.name: _bayes, NoneHead.name: _none}
 
 
 def teach_heads(
@@ -376,7 +382,7 @@ def teach_heads(
     rows = lesson.newest(log, _FINAL_TASKS)
     return {
         name: release.head if name == release.head.name else teach(log, release.item_vectors, rows, choice, capacity)
-        for name, teach in _HEADS.items()
+        for name, teach in _methods(settings.seed).items()
         if name != NoneHead.name
     }
 

@@ -1,5 +1,6 @@
 """A file of past events for the conversion protocol: numbered, and purchases attributed to clicks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ _OTHER = len(KINDS)
 _SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
-def read_log(path: Path, *, window: int) -> ConversionLog:
+def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = None) -> ConversionLog:
     """Read a file of events, or every such file of a folder; the attribution window in ms.
+
+    `columns` maps names, as in `event_table.read_events`.
 
     Raises SettingsError without clicks or without purchases.
     """
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise SettingsError(f"{path} holds no file of events: name a CSV, JSONL or Parquet file.")
-    table = pl.concat([read_actions(file) for file in files], how="diagonal_relaxed")
+    table = pl.concat([read_actions(file, columns=columns) for file in files], how="diagonal_relaxed")
     table = table.sort("event_time", maintain_order=True)
     kinds = np.array([KINDS.index(k) if k in KINDS else _OTHER for k in table["event_type"].to_list()], np.int64)
     for kind in ("click", "purchase"):

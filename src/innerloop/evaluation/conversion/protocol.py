@@ -5,9 +5,9 @@ scored in order of time, from what had happened strictly before it; a purchase i
 counts as a negative an hour after it, until a purchase says otherwise. Arms:
 
     default            as adapt publishes it, by a release that is trained again every day (see served.py): its rates
-                       and its calibration, and what was known when the user's event before came in; `live` where the
-                       events before the cut teach no ad model
-    placebo            the same with another user's events
+                       and its calibration, and what was known when the user's event before came in; `live`, like the
+                       two below, where the events before the cut teach no ad model
+    placebo            the same with another user's events, where there is one
     stale-1h, -1d      the same with the user's events as known an hour, a day earlier
     live               the same model with everybody's rates up to the click itself, learned once, at the cut
     shared             `live` with everybody's weights
@@ -56,20 +56,32 @@ SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (1
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
 _LEAST = 1e-7
+_ALONE = "all clicks that are scored are one user's"
+_LONGEST = 8_760 * HOUR  # as `learning.attribution_hours` may be
 
 
-def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_share: float = 0.7) -> Outcome:
+def run(
+    data: Path,
+    *,
+    seed: int,
+    tell: Tell,
+    window_hours: float = 24.0,
+    train_share: float = 0.7,
+    columns: Mapping[str, str] | None = None,
+) -> Outcome:
     """Judge every arm on the clicks after the first `train_share` of the time span of `data` (a file or a folder).
+
+    `columns` maps names, as in `event_table.read_events`.
 
     Raises SettingsError when the data cannot be read, or holds too few clicks or conversions to train on or to score.
     """
     if not 0.0 < train_share < 1.0:
         raise SettingsError(f"The training share is {train_share}: give one between 0 and 1.")
-    if window_hours <= 0:
-        raise SettingsError(f"The attribution window is {window_hours} h: give one above 0.")
+    if not 1 <= window_hours * HOUR <= _LONGEST:
+        raise SettingsError(f"The attribution window is {window_hours} h: give a millisecond to a year (8760 h).")
     window = int(window_hours * HOUR)
     tell("reading", 0.0)
-    log = read_log(data, window=window)
+    log = read_log(data, window=window, columns=columns)
     cut = int(log.times[0] + train_share * (log.times[-1] - log.times[0]))
     case = _Case.of(log, cut, window, data)
     tell("counting", 0.1)
@@ -80,7 +92,7 @@ def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_
     tell("fitting", 0.4)
     fitted = _fit(case, everybody, own, seed)
     tell("scoring", 0.6)
-    logits = _live(case, fitted, everybody, own)
+    logits = _live(case, fitted, everybody, own, seed)
     tell("heads", 0.65)
     clicks = Clicks(log, case.histories, torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
     heads = teach(clicks, case.train, case.labels[case.train], seed=seed)
@@ -88,7 +100,7 @@ def run(data: Path, *, seed: int, tell: Tell, window_hours: float = 24.0, train_
     predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
     tell("as served", 0.75)
     published = _served(case, seed)
-    predictions = {"default": predictions["live"]} | published | predictions
+    predictions |= published
     tell("baselines", 0.8)
     predictions |= _baselines(case)
     return _outcome(case, fitted, predictions, own, served=bool(published))
@@ -162,27 +174,34 @@ def _fit(case: _Case, everybody: Population, own: Floats, seed: int) -> _Fitted:
     return _Fitted(head, np.log(alone / (1 - alone)), dict(zip(VARIANCES, losses, strict=False)))
 
 
-def _live(case: _Case, fitted: _Fitted, everybody: Population, own: Floats) -> dict[str, Floats]:
+def _asked_of(case: _Case, at: Ints, seed: int) -> dict[str, tuple[Ints, int]]:
+    """For each arm whose events are looked at [M], and how much older (ms) they are than the clicks `at` [M]."""
+    users = case.log.users[at]
+    asked = {"default": (users, 0), "stale-1h": (users, HOUR), "stale-1d": (users, DAY)}
+    if (strangers := _strangers(users, seed)) is not None:
+        asked["placebo"] = strangers, 0
+    return asked
+
+
+def _live(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed: int) -> dict[str, Floats]:
+    """Logits of the clicks asked about: `live`, and as the arms that it stands in for where nothing is served."""
     log, at = case.log, case.at
     support = fitted.head.own_features(torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
-    windows, asked = case.histories.before(log.users[at], log.times[at]), support[case.asked]
-    return {
-        "live": adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked),
-        "shared": asked[:, 0].numpy(),
-        "none": fitted.nobody,
-    }
+    rate, columns = everybody.rate[case.asked], everybody.columns[case.asked]
+    found = {}
+    for arm, (whose, lag) in _asked_of(case, at, seed).items():
+        windows = case.histories.before(whose, log.times[at] - lag)
+        mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
+        asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
+        found[arm] = adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked)
+    shared = support[case.asked, 0].numpy()
+    return {"default": found["default"], "live": found["default"], "shared": shared, "none": fitted.nobody} | found
 
 
 def _served(case: _Case, seed: int) -> dict[str, Floats]:
     """What adapt publishes, to the user and as controls, of all clicks asked about: NaN before the cut."""
     log, at = case.log, case.at[case.judged]
-    users, times = log.users[at], log.times[at]
-    asked = {
-        "default": (users, times),
-        "placebo": (_strangers(users, seed), times),
-        "stale-1h": (users, times - HOUR),
-        "stale-1d": (users, times - DAY),
-    }
+    asked = {arm: (users, log.times[at] - lag) for arm, (users, lag) in _asked_of(case, at, seed).items()}
     found = {}
     for arm, chances in served(log, at, asked, case.cut, window=case.window, seed=seed).items():
         found[arm] = np.full(len(case.at), np.nan)
@@ -190,11 +209,11 @@ def _served(case: _Case, seed: int) -> dict[str, Floats]:
     return found
 
 
-def _strangers(users: Ints, seed: int) -> Ints:
-    """For each moment another user, drawn from all that are scored; the same one where there is only one."""
+def _strangers(users: Ints, seed: int) -> Ints | None:
+    """For each moment another user, drawn from all that are scored; None where there is only one."""
     distinct = np.unique(users)
     if len(distinct) == 1:
-        return users
+        return None
     own = np.searchsorted(distinct, users)
     moved = own + np.random.default_rng(seed).integers(1, len(distinct), len(users))
     return np.asarray(distinct[moved % len(distinct)], np.int64)
@@ -275,6 +294,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "log-loss by that variance": {str(key): round(value, 5) for key, value in fitted.losses.items()},
             "columns": own.shape[1],
             "episodes of the heads at most": EPISODES,
+            **({} if "placebo" in predictions else {"left out": {"placebo": _ALONE}}),
         },
     )
 

@@ -7,7 +7,7 @@ fitted again whenever the lists learned from have grown by a quarter. Arms:
     bayes, anil, cavia, maml, fomaml, reptile   heads on what the user's own weights act on, taught once (see heads.py)
     shared             the user's own actions as features, everybody's weights
     none               nothing of the user: position, price and popularity alone, weights fitted for just that
-    placebo            actions and lists of another user
+    placebo            actions and lists of another user, where somebody else was there before
     stale-1h, -1d      actions and lists as known an hour, a day earlier
     last-interacted    the item last acted on in the session first, then as shown
     recents            all items that the user has acted on first, the newest before the others, then as shown
@@ -231,7 +231,9 @@ def _ours(learner: _Learner, choice: Choice, known: Features, population: Popula
         "default": chooser.score_for(known, chooser.adapt(lists)),
         "shared": chooser.score(known),
         "none": nobody.score(known[:, layout.of_nobody]),
-        "placebo": adapted(choice.other, choice.other_user, now),
+        "placebo": np.full(len(known), np.nan)
+        if choice.other_user is None
+        else adapted(choice.other, choice.other_user, now),
         "stale-1h": adapted(until(choice.history, now - HOUR), choice.user, now - HOUR),
         "stale-1d": adapted(until(choice.history, now - DAY), choice.user, now - DAY),
     }
@@ -271,7 +273,8 @@ _BASELINES = frozenset(
 def _outcome(log: SlateLog, course: _Course, facts: dict[str, object]) -> Outcome:
     scored, learner = course.scored, course.learner
     sizes = np.array([len(one.shown) for one in scored])
-    ranks = {arm: np.array(found) for arm, found in course.ranks.items()}
+    # A score that is none gave the rank 0: that arm was not asked.
+    ranks = {arm: np.array([rank or np.nan for rank in found]) for arm, found in course.ranks.items()}
     return Outcome(
         users=np.array([one.user for one in scored], np.int64),
         baselines=_BASELINES,

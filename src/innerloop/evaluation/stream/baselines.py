@@ -32,7 +32,7 @@ NAMES = frozenset(
 """Of all that there are; which of them a log gets depends on what it has."""
 
 
-def baselines(log: StreamLog, options: StreamOptions) -> list[StreamArm]:
+def baselines(log: StreamLog, options: StreamOptions, *, seed: int = 0) -> list[StreamArm]:
     """Fresh arms, those that apply: none by own items where these don't count, none by category where none is known."""
     visits = Visits(log)
     arms: list[StreamArm] = [Popularity(log), PopularityLastHour(log)]
@@ -47,6 +47,6 @@ def baselines(log: StreamLog, options: StreamOptions) -> list[StreamArm]:
         Covisits(log, visits),
         SequentialRules(log, visits),
         SessionNeighbours(log, visits),
-        ImplicitFactors(log),
-        SasRec(log),
+        ImplicitFactors(log, seed=seed),
+        SasRec(log, seed=seed),
     ]

@@ -1,5 +1,6 @@
 """Reading files of events for the stream protocol."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,26 +20,29 @@ class EventTable:
     own_from: int
 
 
-def read_table(path: Path, *, history: Path | None = None) -> EventTable:
+def read_table(path: Path, *, history: Path | None = None, columns: Mapping[str, str] | None = None) -> EventTable:
     """Read a file or a folder of events, behind those of `history` that are earlier.
+
+    `columns` maps names, in both, as in `event_table.read_events`.
 
     Raises SettingsError if there are none, of either.
     """
-    table = _table(path)
+    table = _table(path, columns)
     if table.is_empty():
         raise SettingsError(f"{path} has no events: name a file or a folder with some.")
     if history is None:
         return EventTable(table, 0)
-    before = _table(history).filter(pl.col("event_time") < table["event_time"][0])
+    before = _table(history, columns).filter(pl.col("event_time") < table["event_time"][0])
     if before.is_empty():
         raise SettingsError(f"{history} has no event before the first of {path}: name earlier events, or none.")
     return EventTable(pl.concat([before, table], how="diagonal_relaxed"), before.height)
 
 
-def _table(path: Path) -> pl.DataFrame:
+def _table(path: Path, columns: Mapping[str, str] | None) -> pl.DataFrame:
     if not path.is_dir():
-        return read_actions(path)
+        return read_actions(path, columns=columns)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READABLE)
     if not files:
         raise SettingsError(f"{path} holds none of {', '.join(_READABLE)} files: put the events there or name a file.")
-    return pl.concat([read_actions(file) for file in files], how="diagonal_relaxed").sort("event_time")
+    tables = [read_actions(file, columns=columns) for file in files]
+    return pl.concat(tables, how="diagonal_relaxed").sort("event_time")

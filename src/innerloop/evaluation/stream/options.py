@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from innerloop.config import SEQUENCES
 from innerloop.errors import SettingsError
 from innerloop.events import CODES
 
@@ -25,7 +26,7 @@ class StreamOptions:
     warm_up: int | None = None
     """Events at the start that are only learned from; None: the first `warm_up_share`."""
     warm_up_share: float = 0.3
-    most_warm_up: float = 1.0
+    most_warm_up: float | None = None
     """Of data of which `warm_up` would be more than this share, it is the first `warm_up_share` instead."""
     hits: tuple[int, ...] = (20,)
     reciprocal: tuple[int, ...] = (20,)
@@ -52,22 +53,65 @@ PRESETS: Mapping[str, StreamOptions] = {
     "taobao": StreamOptions(targets=("click", "purchase")),
 }
 
+FLAGS: Mapping[str, str] = {
+    "targets": "--target",
+    "remove_seen": "--remove-seen",
+    "within_session": "--within-session",
+    "every": "--every",
+    "warm_up": "--warm-up",
+    "hits": "--hits",
+    "reciprocal": "--reciprocal",
+    "sequence": "--sequence",
+}
+"""What the command line calls an option that it has."""
+
+
+def as_typed(options: StreamOptions) -> str:
+    """What differs from the defaults, as one would write it on the command line."""
+    plain, words = StreamOptions(), list[str]()
+    for name, flag in FLAGS.items():
+        value = getattr(options, name)
+        if value != getattr(plain, name):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag if one is True else f"{flag} {one}" for one in values]
+    return " ".join(words)
+
+
+def in_words(options: StreamOptions) -> str:
+    """What differs from the defaults, for people."""
+    typed, most = as_typed(options), options.most_warm_up
+    if most is None:
+        return typed
+    return f"{typed}, but of data with less than {round(1 / most)} times that warm-up {usual('warm_up')} as warm-up"
+
+
+def usual(name: str) -> str:
+    """What an option is when neither it nor a preset was chosen."""
+    value = getattr(StreamOptions(), name)
+    if name == "warm_up":
+        return f"the first {StreamOptions.warm_up_share:.0%} of the events"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
 
 def options_of(preset: str | None, **chosen: object) -> StreamOptions:
     """A preset's options, or the defaults, with those that were chosen (not None) in their place.
 
-    A warm-up that was chosen holds whatever its share. Raises SettingsError for a preset or an event type that doesn't
-    exist, or a cut-off beyond what every arm's list has.
+    A warm-up that was chosen holds whatever its share. Raises SettingsError for a preset, an event type or a sequence
+    model that doesn't exist, or a cut-off beyond what every arm's list has.
     """
     if preset is not None and preset not in PRESETS:
         raise SettingsError(f"There is no preset {preset}: choose one of {', '.join(PRESETS)}.")
     base = StreamOptions() if preset is None else PRESETS[preset]
     if chosen.get("warm_up") is not None:
-        base = replace(base, most_warm_up=1.0)
+        base = replace(base, most_warm_up=None)
     options = replace(base, **{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
     unknown = [name for name in options.targets if name not in CODES]
     if unknown:
         raise SettingsError(f"{unknown[0]} is no type of event to foresee: choose of {', '.join(CODES)}.")
+    if options.sequence not in SEQUENCES:
+        raise SettingsError(f"There is no sequence model {options.sequence}: choose one of {', '.join(SEQUENCES)}.")
     longest = max(*options.hits, *options.reciprocal)
     if longest > MOST_CUTOFF:
         raise SettingsError(f"The cut-off {longest} is beyond the lists that are compared: give {MOST_CUTOFF} at most.")

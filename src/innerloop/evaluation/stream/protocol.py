@@ -90,6 +90,7 @@ def run(
     *,
     history: Path | None = None,
     items: Path | None = None,
+    columns: Mapping[str, str] | None = None,
     seed: int = 0,
     tell: Tell,
     live: Live | None = None,
@@ -97,13 +98,14 @@ def run(
     """Train on what is before the first moment asked for, then ask every arm at every moment. Raises SettingsError.
 
     `items` is a file of what the shop says of its items: of those to come, too, as its catalogue does.
+    `columns` maps names of events, as in `event_table.read_events`.
 
     `live` sends the same events through the service and tells the ranks on the lists that came back. Both then keep to
     the first release, so that what differs is the way and not the model.
     """
     if live is not None:
         options = replace(options, train_every_hours=math.inf)
-    table = read_table(data, history=history)
+    table = read_table(data, history=history, columns=columns)
     log = stream_of(table.events, seed=seed)
     start = table.own_from if history is not None else _warm_up(log, options)
     rows = moments(log, options, start)
@@ -111,7 +113,7 @@ def run(
     release = school.release(start, lambda what, share: tell(what, 0.2 * share))
     served = Served(log, school, release, options)
     answers = served.answers(rows, seed=seed, tell=lambda share: tell("ours", 0.2 + 0.4 * share))
-    theirs = baselines(log, options)
+    theirs = baselines(log, options, seed=seed)
     for number, arm in enumerate(theirs):
         tell(arm.name, 0.6 + 0.3 * number / len(theirs))
         answers[arm.name] = _asked(arm, log, rows, options)
@@ -134,8 +136,14 @@ def run(
 
 
 def _warm_up(log: StreamLog, options: StreamOptions) -> int:
-    if options.warm_up is None or options.warm_up > options.most_warm_up * len(log):
+    """Rows at the start that are only learned from. Raises SettingsError when that is all of them."""
+    most = options.most_warm_up
+    if options.warm_up is None or (most is not None and options.warm_up > most * len(log)):
         return round(len(log) * options.warm_up_share)
+    if options.warm_up >= len(log):
+        raise SettingsError(
+            f"A warm-up of {options.warm_up} events leaves none of the {len(log)} there are: give a shorter one."
+        )
     return options.warm_up
 
 
