@@ -17,9 +17,9 @@ from innerloop.evaluation.sequence.baselines import (
     TransitionSettings,
     VSknn,
 )
-from innerloop.evaluation.sequence.course import HEADS, Options
+from innerloop.evaluation.sequence.course import HEADS, Course, Options
 from innerloop.evaluation.sequence.heads import GAINS, chosen_gain
-from innerloop.evaluation.sequence.protocol import BASELINES, _other_users, run
+from innerloop.evaluation.sequence.protocol import BASELINES, _other_users, _served, run
 from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
 from innerloop.evaluation.sequence.served import ServedSequences, as_events
 
@@ -199,6 +199,23 @@ def test_everybody_is_given_somebody_elses_history() -> None:
     assert not bool((others == np.arange(50)).any())
 
 
+def test_every_list_that_is_served_lacks_the_users_own_items_and_no_others() -> None:
+    """What is known of a user differs from arm to arm; what may be on the list must not."""
+    rng = np.random.default_rng(0)
+    users = [[int(i) for i in (rng.integers(15) + np.arange(3 + n % 4)) % 15] for n in range(60)]
+    course = Course(sequences(*users, catalogue=30), QUICK, 0, silent)
+    settings = LearningSettings(dimension=8, sequence="pooled", sequence_positions=2_000)
+    served, histories = ServedSequences.learn(course.before, settings, silent), course.before
+    assert not course.repeats
+    found: dict[str, list[list[bool]]] = {}
+    for item in range(15):
+        for arm, ranks in _served(served, course, histories, np.full(60, item)).items():
+            found.setdefault(arm, []).append((ranks <= 20).tolist())
+    own = histories.matrix().toarray()[:, :15] > 0
+    for arm, listed in found.items():
+        assert np.array(listed).T.tolist() == (~own).tolist(), arm
+
+
 def test_every_arm_is_asked_at_every_user(judged: Outcome) -> None:
     assert {"default", "none", "placebo", "bayes", *BASELINES} == set(judged.arms)
     assert len(judged.users) == 150
@@ -249,7 +266,7 @@ def test_nothing_is_learned_from_test_targets() -> None:
         before = sequences(*version, catalogue=20).without_last(1)
         served = ServedSequences.learn(before, settings, silent)
         lists.append(
-            [served.ranks(before, np.full(60, item), longest=10, repeats=False).tolist() for item in range(20)]
+            [served.ranks(before, np.full(60, item), longest=10, removed=before).tolist() for item in range(20)]
         )
     assert lists[0] == lists[1]
 

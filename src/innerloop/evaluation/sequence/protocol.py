@@ -73,9 +73,8 @@ def _served(served: ServedSequences, course: Course, histories: Sequences, targe
         "none": histories.without_last(len(histories.items)),
         "placebo": histories.take(others),
     }
-    return {
-        arm: served.ranks(known, targets, longest=max(_CUTOFFS), repeats=course.repeats) for arm, known in asked.items()
-    }
+    removed = None if course.repeats else histories
+    return {arm: served.ranks(known, targets, longest=max(_CUTOFFS), removed=removed) for arm, known in asked.items()}
 
 
 def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
