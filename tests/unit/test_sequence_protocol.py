@@ -224,6 +224,16 @@ def test_every_arm_is_asked_at_every_user(judged: Outcome) -> None:
         assert all(len(values) == 150 and not np.isnan(values).any() for values in metrics.values())
 
 
+@pytest.mark.parametrize("encoder", ["gru", "pooled"])
+def test_sasrec_is_the_same_baseline_whatever_the_heads_are_on(judged: Outcome, tmp_path: Path, encoder: str) -> None:
+    found = run(written(shop(), tmp_path / "x.parquet"), seed=0, tell=silent, options=replace(QUICK, encoder=encoder))
+    assert set(found.arms) == set(judged.arms)
+    assert found.means["sasrec"]["ndcg@10"].tolist() == judged.means["sasrec"]["ndcg@10"].tolist()
+    assert str(found.facts["history encoder"]).startswith(encoder)
+    assert str(found.facts["sasrec"]).startswith("attention, best after")
+    assert judged.facts["sasrec"] == "the history encoder by itself"
+
+
 def test_slices_by_support_divide_the_users(judged: Outcome) -> None:
     assert sum(int(chosen.sum()) for chosen in judged.slices.values()) == 150
     assert judged.slices["support 1-2"].sum() == 25

@@ -52,7 +52,6 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
-        "sasrec": "the history encoder by itself",
         "left out": {"stale-1h, stale-1d, popularity-1h, covisits-1h": "sequences have no clock"},
     }
     return Outcome(
@@ -93,8 +92,7 @@ def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Int
 
 def _arms(course: Course) -> dict[str, Scorer]:
     baselines = {name: scorer for name, scorer in course.scorers.items() if name in BASELINES}
-    sasrec: dict[str, Scorer] = {"sasrec": course.encoded} if course.options.encoder == "attention" else {}
-    return {**course.heads, **baselines, **sasrec}
+    return {**course.heads, **baselines, "sasrec": course.sasrec}
 
 
 def _some(users: Ints, most: int, seed: int) -> Ints:
