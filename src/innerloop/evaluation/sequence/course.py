@@ -244,7 +244,7 @@ class Course:
     def _closed_form(self, train: Sequences) -> dict[str, Scorer]:
         makers: dict[str, Callable[[], Scorer | None]] = {
             "popularity": lambda: Popularity.learn(train),
-            "recents": Recents,
+            "recents": lambda: Recents() if self.repeats else None,
             "item-knn": lambda: Transitions.learn(train, self.transitions),
             "vsknn": lambda: VSknn.learn(train),
             "ials": lambda: Ials(train, dimension=_IALS_DIMENSION, seed=self.seed, settings=self.factors),

@@ -6,15 +6,21 @@ pessimistically. Whether items that a user has had before are ranked too follows
 validation targets are hardly ever repeats. Published full rankings differ in this; SASRec's leaves them out.
 
 Arms: `default` is what adapt serves, a release trained on everything before the test targets (see served.py);
-`none` is what it gives a user of whom nothing is known, `placebo` what it gives another user. Each head is adapted
-around the vector of a history encoder of this protocol's own (see heads.py). Baselines: popularity, own recents,
-item-kNN with sequential rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained
-with many negatives, which is the history encoder by itself). There are no clocks here, so the arms stale-1h and
-stale-1d don't apply.
+`none` is what it gives a user of whom nothing is known, `placebo` what it gives another user, `stale-1h` and `stale-1d`
+what it gives for the history as it was known an hour and a day before the test target. Each head is adapted around the
+vector of a history encoder of this protocol's own (see heads.py). Baselines: popularity, item-kNN with sequential
+rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained with many negatives). Where
+they apply: popularity of the last hour and in the category (see log_baselines.py), own recents, carted then recents.
+
+What is learned is the training part of all users, whenever it was: an item of it may be later than somebody's test
+target, as published figures have it. Strictly earlier than the target is what is the user's own, and what the
+baselines of log_baselines.py count. Without a clock, in a file of positions, whatever needs one is left out. The facts
+name what is left out, and why.
 """
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +30,22 @@ from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.sequence.baselines import Scorer
 from innerloop.evaluation.sequence.course import Course, Options
-from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.log_baselines import CARTED, IN_CATEGORY, LAST_HOUR, list_ranks, reasons_against
+from innerloop.evaluation.sequence.sequences import SequenceFile, Sequences, read_sequences
 from innerloop.evaluation.sequence.served import ServedSequences
 
-BASELINES = frozenset({"popularity", "recents", "item-knn", "vsknn", "ials", "ease", "sasrec"})
+BASELINES = frozenset(
+    {"popularity", LAST_HOUR, IN_CATEGORY, "recents", CARTED, "item-knn", "vsknn", "ials", "ease", "sasrec"}
+)
+_STALE = {"stale-1h": 3_600_000, "stale-1d": 86_400_000}
 _CUTOFFS = (10, 20)
 _SIZES = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 10**9)}
 
 
 def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) -> Outcome:
     """Judge every arm. Raises SettingsError for a file without usable sequences."""
-    sequences = read_sequences(data, seed=seed)
+    file = read_sequences(data, seed=seed)
+    sequences = file.sequences
     course = Course(sequences, options or Options(), seed, lambda what, share: tell(what, 0.5 * share))
     course.learn()
     settings = LearningSettings(seed=seed, sequence_positions=course.options.positions)
@@ -43,7 +54,9 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     users = _some(able, course.options.users, seed)
     histories, targets = course.before.take(users), sequences.take(users).last()
     tell("test", 0.9)
-    ranks = _served(served, course, histories, targets) | _ranks(course, histories, targets)
+    stale = {arm: file.known(delay).take(users) for arm, delay in _STALE.items()} if file.clock else {}
+    ranks = _served(served, course, histories, targets, stale) | _ranks(course, histories, targets)
+    ranks |= list_ranks(file, users, own_items=course.repeats)
     course.facts |= {
         "users": len(users),
         "users with one item, not tested": len(sequences) - len(able),
@@ -52,7 +65,8 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
-        "left out": {"stale-1h, stale-1d, popularity-1h, covisits-1h": "sequences have no clock"},
+        "counted": _counted(file),
+        "left out": _left_out(file, course),
     }
     return Outcome(
         users=users,
@@ -64,13 +78,40 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     )
 
 
-def _served(served: ServedSequences, course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
-    """The rank of each target on the lists that adapt publishes; `placebo` is the list of a user drawn at random."""
+def _counted(file: SequenceFile) -> dict[str, str]:
+    """What of the file each arm has seen, and which clock it goes by."""
+    strict = "of that, what is strictly earlier than the judged item" if file.clock else "the same: there is no clock"
+    return {
+        "all arms but these": "every user's items but the last, whenever they were",
+        f"{LAST_HOUR}, {IN_CATEGORY}, {CARTED}": strict,
+        "the release's clock": "made up: a user's items are five minutes apart, and all histories end together",
+    }
+
+
+def _left_out(file: SequenceFile, course: Course) -> dict[str, str]:
+    """Why each arm and baseline that other protocols have isn't in this table."""
+    found = {} if file.clock else dict.fromkeys(_STALE, "the file has positions and no times")
+    found |= reasons_against(file, own_items=course.repeats)
+    if "recents" not in course.scorers:
+        found["recents"] = "what a user has had is left out of every list"
+    if "ease" not in course.scorers:
+        found["ease"] = "the inverse of so large a catalogue does not fit"
+    return found | {"covisits-1h": "a user's items are one sequence, without visits: item-knn counts what follows what"}
+
+
+def _served(
+    served: ServedSequences, course: Course, histories: Sequences, targets: Ints, stale: Mapping[str, Sequences]
+) -> dict[str, Ints]:
+    """The rank of each target on the lists that adapt publishes, by what it knows of the user.
+
+    `stale` is known of the same users a while before; `placebo` is the list of a user drawn at random.
+    """
     others = _other_users(len(targets), course.seed)
     asked = {
         "default": histories,
         "none": histories.without_last(len(histories.items)),
         "placebo": histories.take(others),
+        **stale,
     }
     removed = None if course.repeats else histories
     return {arm: served.ranks(known, targets, longest=max(_CUTOFFS), removed=removed) for arm, known in asked.items()}
