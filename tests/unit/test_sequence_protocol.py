@@ -299,6 +299,8 @@ def test_with_a_clock_the_arms_that_need_one_are_in_the_table(tmp_path: Path) ->
     found = run(written(clocked(shop()), tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
     assert {"stale-1h", "stale-1d", "popularity-1h", "popularity-in-category"} <= set(found.arms)
     assert set(found.facts["left out"]) == {"recents", "carted-recents", "covisits-1h"}  # type: ignore[call-overload]
+    counted = found.facts["counted"]
+    assert "strictly earlier" in counted["popularity-1h, popularity-in-category"]  # type: ignore[index]
     value = {arm: metrics["ndcg@10"] for arm, metrics in found.means.items()}
     assert value["stale-1d"].tolist() == value["none"].tolist(), "nobody was there a day before"
     short = found.slices["support 3-5"] | found.slices["support 1-2"]

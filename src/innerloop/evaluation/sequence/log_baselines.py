@@ -23,6 +23,7 @@ from innerloop.events import CODES
 from innerloop.learning.stream_log import StreamLog, stream_of
 
 LAST_HOUR, IN_CATEGORY, CARTED = "popularity-1h", "popularity-in-category", CartedRecents.name
+NO_CLOCK, NO_OWN_ITEMS = "the file has positions and no times", "what a user has had is left out of every list"
 _AT_ONCE = 400  # moments, for the memory that their lists need
 
 
@@ -30,11 +31,11 @@ def reasons_against(file: SequenceFile, *, own_items: bool) -> dict[str, str]:
     """Why each of these baselines is not in the table; those that aren't named here are."""
     found = {}
     if not file.clock:
-        found[LAST_HOUR] = "the file has positions and no times"
+        found[LAST_HOUR] = NO_CLOCK
     if file.events["category"].is_null().all():
         found[IN_CATEGORY] = "the file names no categories"
     if not own_items:
-        found[CARTED] = "what a user has had is left out of every list"
+        found[CARTED] = NO_OWN_ITEMS
     elif not file.events["event_type"].is_in([name for name, code in CODES.items() if code in ASIDE]).any():
         found[CARTED] = "the file has no carts and no favorites"
     return found

@@ -12,15 +12,15 @@ vector of a history encoder of this protocol's own (see heads.py). Baselines: po
 rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained with many negatives). Where
 they apply: popularity of the last hour and in the category (see log_baselines.py), own recents, carted then recents.
 
-What is learned is the training part of all users, whenever it was: an item of it may be later than somebody's test
-target, as published figures have it. Strictly earlier than the target is what is the user's own, and what the
-baselines of log_baselines.py count. Without a clock, in a file of positions, whatever needs one is left out. The facts
-name what is left out, and why.
+What is learned is every user's items but the last, whenever they were: some may be later than another user's test
+target, as in published figures. Only what log_baselines.py counts is strictly earlier than the target, and only that
+and the stale arms go by the file's clock. A file of positions has none, and what needs one is left out. The facts say
+what is left out, and why.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,15 @@ from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.sequence.baselines import Scorer
 from innerloop.evaluation.sequence.course import Course, Options
-from innerloop.evaluation.sequence.log_baselines import CARTED, IN_CATEGORY, LAST_HOUR, list_ranks, reasons_against
+from innerloop.evaluation.sequence.log_baselines import (
+    CARTED,
+    IN_CATEGORY,
+    LAST_HOUR,
+    NO_CLOCK,
+    NO_OWN_ITEMS,
+    list_ranks,
+    reasons_against,
+)
 from innerloop.evaluation.sequence.sequences import SequenceFile, Sequences, read_sequences
 from innerloop.evaluation.sequence.served import ServedSequences
 
@@ -65,7 +73,7 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
-        "counted": _counted(file),
+        "counted": _counted(file, ranks),
         "left out": _left_out(file, course),
     }
     return Outcome(
@@ -78,22 +86,21 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     )
 
 
-def _counted(file: SequenceFile) -> dict[str, str]:
+def _counted(file: SequenceFile, arms: Collection[str]) -> dict[str, str]:
     """What of the file each arm has seen, and which clock it goes by."""
-    strict = "of that, what is strictly earlier than the judged item" if file.clock else "the same: there is no clock"
-    return {
-        "all arms but these": "every user's items but the last, whenever they were",
-        f"{LAST_HOUR}, {IN_CATEGORY}, {CARTED}": strict,
-        "the release's clock": "made up: a user's items are five minutes apart, and all histories end together",
-    }
+    found = {"learned from": "every user's items but the last, whenever they were"}
+    if file.clock:
+        strict = ", ".join(name for name in (LAST_HOUR, IN_CATEGORY, CARTED) if name in arms)
+        found[strict] = "of these, what is strictly earlier than the judged item"
+    return found | {"a release's clock": "made up: a user's items five minutes apart, all histories ending together"}
 
 
 def _left_out(file: SequenceFile, course: Course) -> dict[str, str]:
     """Why each arm and baseline that other protocols have isn't in this table."""
-    found = {} if file.clock else dict.fromkeys(_STALE, "the file has positions and no times")
+    found = {} if file.clock else dict.fromkeys(_STALE, NO_CLOCK)
     found |= reasons_against(file, own_items=course.repeats)
     if "recents" not in course.scorers:
-        found["recents"] = "what a user has had is left out of every list"
+        found["recents"] = NO_OWN_ITEMS
     if "ease" not in course.scorers:
         found["ease"] = "the inverse of so large a catalogue does not fit"
     return found | {"covisits-1h": "a user's items are one sequence, without visits: item-knn counts what follows what"}
