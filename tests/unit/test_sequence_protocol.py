@@ -7,6 +7,7 @@ import pytest
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
+from innerloop.evaluation import event_table
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.sequence.baselines import (
     Ease,
@@ -17,10 +18,11 @@ from innerloop.evaluation.sequence.baselines import (
     TransitionSettings,
     VSknn,
 )
-from innerloop.evaluation.sequence.course import HEADS, Options
+from innerloop.evaluation.sequence.course import HEADS, Course, Options
 from innerloop.evaluation.sequence.heads import GAINS, chosen_gain
-from innerloop.evaluation.sequence.protocol import BASELINES, _other_users, run
-from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.log_baselines import list_ranks
+from innerloop.evaluation.sequence.protocol import BASELINES, _other_users, _served, run
+from innerloop.evaluation.sequence.sequences import SequenceFile, Sequences, read_sequences
 from innerloop.evaluation.sequence.served import ServedSequences, as_events
 
 QUICK = Options(dimension=8, capacity=10, epochs=2, negatives=64, heads=("bayes",), positions=20_000)
@@ -50,6 +52,15 @@ def shop(*, users: int = 150, items: int = 40, seed: int = 3, repeats: bool = Fa
     return table.sample(fraction=1.0, shuffle=True, seed=seed)
 
 
+def clocked(table: pl.DataFrame, *, step: int = 600_000) -> pl.DataFrame:
+    """The shop's events ten minutes apart, from a moment of each user's own within three hours; items of two kinds."""
+    number = pl.col("user_id").str.slice(1).cast(pl.Int64)
+    return table.with_columns(
+        event_time=1_600_000_000_000 + number * 7_919_000 % 10_800_000 + pl.col("position") * step,
+        category=pl.when(pl.col("item_id").str.ends_with("1")).then(None).otherwise(pl.col("item_id").str.slice(-1)),
+    )
+
+
 def written(table: pl.DataFrame, path: Path) -> Path:
     table.write_parquet(path)
     return path
@@ -63,7 +74,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def test_items_are_read_in_the_order_of_their_positions(tmp_path: Path) -> None:
     table = pl.DataFrame({"user_id": [7, 3, 7, 7], "position": [2, 0, 0, 1], "item_id": ["c", "a", "d", "b"]})
-    found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0).sequences
     assert found.lengths.tolist() == [1, 3]
     assert found.items.tolist() == [0, 3, 1, 2]
     assert found.catalogue == 4
@@ -73,13 +84,49 @@ def test_a_time_serves_where_there_is_no_position_and_a_folder_with_one_file_is_
     table = pl.DataFrame({"user_id": ["u"] * 3, "ts_ms": [1_600_000_000_000 + n for n in (5, 1, 3)], "item_id": "abc"})
     table = table.with_columns(pl.Series("item_id", ["a", "b", "c"]))
     table.write_csv(tmp_path / "x.csv")
-    assert read_sequences(tmp_path, seed=0).items.tolist() == [1, 2, 0]
+    found = read_sequences(tmp_path, seed=0)
+    assert found.sequences.items.tolist() == [1, 2, 0]
+    assert found.clock
+    assert found.times.tolist() == [1_600_000_000_000 + n for n in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("name", event_table._NAMES["event_time"])
+def test_whatever_an_event_table_takes_for_a_time_is_a_clock(tmp_path: Path, name: str) -> None:
+    table = pl.DataFrame({"user_id": [1, 1], name.upper(): [7_000, 3_000], "item_id": ["a", "b"]})
+    found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    assert found.clock
+    assert found.sequences.items.tolist() == [1, 0]
+
+
+def test_a_position_orders_what_is_of_one_time_and_is_no_clock(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": [1] * 4, "position": [3, 1, 2, 0], "item_id": ["a", "b", "c", "d"]})
+    alone = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    assert alone.sequences.items.tolist() == [3, 1, 2, 0]
+    assert not alone.clock
+    timed = table.with_columns(ts=pl.Series([5_000, 5_000, 5_000, 9_000]), category=pl.Series(["p", "q", None, "r"]))
+    both = read_sequences(written(timed, tmp_path / "y.parquet"), seed=0)
+    assert both.sequences.items.tolist() == [1, 2, 0, 3]
+    assert both.clock
+    assert both.events["category"].to_list() == ["q", None, "p", "r"]
+
+
+def test_a_folder_has_one_order_for_all_its_files(tmp_path: Path) -> None:
+    placed = pl.DataFrame({"user_id": [1, 2], "position": [0, 0], "item_id": [1, 1]})
+    timed = placed.with_columns(position=pl.Series([1, 1]), ts=pl.Series([5_000, 5_000]), item_id=pl.Series([0, 2]))
+    written(placed, tmp_path / "a.parquet")
+    written(timed, tmp_path / "b.parquet")
+    found = read_sequences(tmp_path, seed=0)
+    assert not found.clock
+    assert found.sequences.items.tolist() == [1, 0, 1, 2]
+    written(timed.drop("position"), tmp_path / "b.parquet")
+    with pytest.raises(SettingsError, match="files with times and files without"):
+        read_sequences(tmp_path, seed=0)
 
 
 def test_items_at_one_position_are_shuffled_by_the_seed(tmp_path: Path) -> None:
     table = pl.DataFrame({"user_id": ["u"] * 20, "position": [0] * 20, "item_id": list(range(20))})
     path = written(table, tmp_path / "x.parquet")
-    orders = [read_sequences(path, seed=seed).items.tolist() for seed in (0, 0, 1)]
+    orders = [read_sequences(path, seed=seed).sequences.items.tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
     assert sorted(orders[0]) == list(range(20))
@@ -92,6 +139,7 @@ def test_items_at_one_position_are_shuffled_by_the_seed(tmp_path: Path) -> None:
         (pl.DataFrame({"user_id": [1], "item_id": [0]}), "event_time"),
         (pl.DataFrame({"user_id": [1, 2], "position": [0, 0], "item_id": [1, 1]}), "no user with two items"),
         (pl.DataFrame(schema={"user_id": pl.Int64, "position": pl.Int64, "item_id": pl.Int64}), "is empty"),
+        (pl.DataFrame({"user_id": [1, 1], "position": [0, None], "ts": [1, 2], "item_id": [1, 2]}), "usable position"),
         (pl.DataFrame({"user_id": [1, None], "position": [0, 1], "item_id": [1, 2]}), "without a usable user_id"),
     ],
 )
@@ -113,8 +161,8 @@ def test_a_folder_of_several_files_is_all_of_them(tmp_path: Path) -> None:
     whole = shop(users=8).sort("user_id", "position")
     for at, part in enumerate((whole.head(11), whole.slice(11))):
         part.write_csv(tmp_path / f"{at}.csv") if at else written(part, tmp_path / f"{at}.parquet")
-    found = read_sequences(tmp_path, seed=0)
-    with_one = read_sequences(written(whole, tmp_path / "whole.parquet"), seed=0)
+    found = read_sequences(tmp_path, seed=0).sequences
+    with_one = read_sequences(written(whole, tmp_path / "whole.parquet"), seed=0).sequences
     assert found.items.tolist() == with_one.items.tolist()
     assert found.starts.tolist() == with_one.starts.tolist()
 
@@ -199,12 +247,120 @@ def test_everybody_is_given_somebody_elses_history() -> None:
     assert not bool((others == np.arange(50)).any())
 
 
+def test_every_list_that_is_served_lacks_the_users_own_items_and_no_others() -> None:
+    """What is known of a user differs from arm to arm; what may be on the list must not."""
+    rng = np.random.default_rng(0)
+    users = [[int(i) for i in (rng.integers(15) + np.arange(3 + n % 4)) % 15] for n in range(60)]
+    course = Course(sequences(*users, catalogue=30), QUICK, 0, silent)
+    settings = LearningSettings(dimension=8, sequence="pooled", sequence_positions=2_000)
+    served, histories = ServedSequences.learn(course.before, settings, silent), course.before
+    assert not course.repeats
+    stale = {"stale-1h": histories.without_last(1)}
+    found: dict[str, list[list[bool]]] = {}
+    for item in range(15):
+        for arm, ranks in _served(served, course, histories, np.full(60, item), stale).items():
+            found.setdefault(arm, []).append((ranks <= 20).tolist())
+    own = histories.matrix().toarray()[:, :15] > 0
+    for arm, listed in found.items():
+        assert np.array(listed).T.tolist() == (~own).tolist(), arm
+
+
 def test_every_arm_is_asked_at_every_user(judged: Outcome) -> None:
-    assert {"default", "none", "placebo", "bayes", *BASELINES} == set(judged.arms)
+    untimed = {"popularity-1h", "popularity-in-category", "recents", "carted-recents"}
+    assert {"default", "none", "placebo", "bayes", *BASELINES} - untimed == set(judged.arms)
     assert len(judged.users) == 150
     for metrics in judged.means.values():
         assert set(metrics) == {"hr@10", "hr@20", "ndcg@10"}
         assert all(len(values) == 150 and not np.isnan(values).any() for values in metrics.values())
+
+
+@pytest.mark.parametrize("encoder", ["gru", "pooled"])
+def test_sasrec_is_the_same_baseline_whatever_the_heads_are_on(judged: Outcome, tmp_path: Path, encoder: str) -> None:
+    found = run(written(shop(), tmp_path / "x.parquet"), seed=0, tell=silent, options=replace(QUICK, encoder=encoder))
+    assert set(found.arms) == set(judged.arms)
+    assert found.means["sasrec"]["ndcg@10"].tolist() == judged.means["sasrec"]["ndcg@10"].tolist()
+    assert str(found.facts["history encoder"]).startswith(encoder)
+    assert str(found.facts["sasrec"]).startswith("attention, best after")
+    assert judged.facts["sasrec"] == "the history encoder by itself"
+
+
+def test_the_facts_say_why_an_arm_of_other_protocols_is_not_in_the_table(judged: Outcome) -> None:
+    left_out = judged.facts["left out"]
+    assert isinstance(left_out, dict)
+    elsewhere = {*BASELINES, "stale-1h", "stale-1d", "covisits-1h"}
+    assert set(left_out) == elsewhere - set(judged.arms)
+    for name in ("stale-1h", "stale-1d", "popularity-1h"):
+        assert left_out[name] == "the file has positions and no times"
+    assert left_out["popularity-in-category"] == "the file names no categories"
+    assert left_out["recents"] == left_out["carted-recents"] == "what a user has had is left out of every list"
+
+
+def test_with_a_clock_the_arms_that_need_one_are_in_the_table(tmp_path: Path) -> None:
+    found = run(written(clocked(shop()), tmp_path / "x.parquet"), seed=0, tell=silent, options=QUICK)
+    assert {"stale-1h", "stale-1d", "popularity-1h", "popularity-in-category"} <= set(found.arms)
+    assert set(found.facts["left out"]) == {"recents", "carted-recents", "covisits-1h"}  # type: ignore[call-overload]
+    counted = found.facts["counted"]
+    assert "strictly earlier" in counted["popularity-1h, popularity-in-category"]  # type: ignore[index]
+    value = {arm: metrics["ndcg@10"] for arm, metrics in found.means.items()}
+    assert value["stale-1d"].tolist() == value["none"].tolist(), "nobody was there a day before"
+    short = found.slices["support 3-5"] | found.slices["support 1-2"]
+    assert value["stale-1h"][short].tolist() == value["none"][short].tolist(), "nor an hour before, with so few items"
+    assert value["stale-1h"][~short].tolist() != value["none"][~short].tolist()
+    assert value["stale-1h"].mean() < value["default"].mean() - 0.2
+
+
+def test_what_is_known_an_hour_before_is_older_than_that() -> None:
+    hour = 3_600_000
+    times = [0, 5, 5 + hour, 0, 7, 8, 2 * hour]
+    events = pl.DataFrame({"event_time": times})
+    found = SequenceFile(sequences([1, 2, 3], [4], [0, 1, 2]), events, clock=True).known(hour)
+    assert found.items.tolist() == [1, 0, 1]
+    assert found.lengths.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("own_items", [False, True])
+def test_baselines_of_the_clock_count_what_is_strictly_earlier(tmp_path: Path, own_items: bool) -> None:  # noqa: FBT001
+    """The ranks are those of counting anew for each user, by definition; last items are never counted."""
+    table = clocked(shop(users=80)).with_columns(pl.col("event_time") // 900_000 * 900_000)  # many at one time
+    file = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    users = np.arange(1, 80)
+    found = list_ranks(file, users, own_items=own_items)
+    items, starts = file.sequences.items, file.sequences.starts
+    categories = np.array(file.events["category"].fill_null("").to_list())
+    training = file.sequences.recency > 0
+    everywhere = differ = 0
+    for place, user in enumerate(users.tolist()):
+        last, history = starts[user + 1] - 1, items[starts[user] : starts[user + 1] - 1]
+        earlier = training & (file.times < file.times[last])
+        hour = np.bincount(items[earlier & (file.times >= file.times[last] - 3_600_000)], minlength=40)
+        all_time = np.bincount(items[earlier], minlength=40)
+        category = categories[last - 1]
+        same = earlier & (categories == category) & (category != "")
+        within = np.bincount(items[same], minlength=40) + all_time / 1e6
+        for arm, counts in (("popularity-1h", hour), ("popularity-in-category", within)):
+            allowed = (counts > 0) & (own_items | ~np.isin(np.arange(40), history))
+            target = items[last]
+            rank = int((allowed & (counts >= counts[target])).sum()) if allowed[target] else 40
+            assert found[arm][place] == rank, (arm, user)
+        everywhere += int(category == "")
+        differ += int((hour != all_time).any())
+    assert everywhere > 2
+    assert differ > 10
+
+
+def test_without_a_clock_a_category_counts_all_that_is_learned_from(tmp_path: Path) -> None:
+    table = pl.DataFrame(
+        {
+            "user_id": [1, 1, 2, 2, 2, 3, 3],
+            "position": [0, 1, 0, 1, 2, 0, 1],
+            "item_id": ["a", "b", "b", "c", "a", "b", "c"],
+            "category": ["x", "x", "x", "y", "x", "x", "y"],
+        }
+    )
+    found = list_ranks(read_sequences(written(table, tmp_path / "x.parquet"), seed=0), np.arange(3), own_items=False)
+    assert set(found) == {"popularity-in-category"}
+    # After a: b. After b and c, of y: nothing else is of y, so what is popular: a. After b: a, which is of x, then c.
+    assert found["popularity-in-category"].tolist() == [1, 1, 2]
 
 
 def test_slices_by_support_divide_the_users(judged: Outcome) -> None:
@@ -249,7 +405,7 @@ def test_nothing_is_learned_from_test_targets() -> None:
         before = sequences(*version, catalogue=20).without_last(1)
         served = ServedSequences.learn(before, settings, silent)
         lists.append(
-            [served.ranks(before, np.full(60, item), longest=10, repeats=False).tolist() for item in range(20)]
+            [served.ranks(before, np.full(60, item), longest=10, removed=before).tolist() for item in range(20)]
         )
     assert lists[0] == lists[1]
 
@@ -270,6 +426,25 @@ def test_own_items_are_ranked_where_the_shops_users_come_back_to_them(tmp_path: 
     assert outcome.facts["own items"] == "ranked with the others"
     assert outcome.means["recents"]["hr@10"].mean() > 0.3
     assert outcome.means["default"]["hr@10"].mean() > 0.3
+    left_out = outcome.facts["left out"]
+    assert left_out["carted-recents"] == "the file has no carts and no favorites"  # type: ignore[index]
+    assert "recents" not in left_out  # type: ignore[operator]
+
+
+def test_what_was_carted_comes_before_what_was_only_looked_at(tmp_path: Path) -> None:
+    table = pl.DataFrame(
+        {
+            "user_id": ["u"] * 4 + ["v"] * 3,
+            "ts": [1, 2, 3, 4, 1, 2, 3],
+            "item_id": ["a", "b", "c", "a", "b", "a", "b"],
+            "event": ["cart", "click", "click", "click", "cart", "purchase", "click"],
+        }
+    )
+    file = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+    assert list_ranks(file, np.arange(2), own_items=True)["carted-recents"].tolist() == [1, 1]
+    bought = file.events.with_columns(event_type=pl.Series(["click"] * 7))
+    clicked = SequenceFile(file.sequences, bought, clock=True)
+    assert "carted-recents" not in list_ranks(clicked, np.arange(2), own_items=True)
 
 
 def test_every_head_is_an_arm_and_of_many_users_some_are_tested(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
    a few, as far as the size of the data lets them be learned several times.
 3. Heads are meta-trained on some of the validation users, their gains chosen on others.
 4. All scorers are learned again with the validation items; the encoder continues from its best epoch.
+5. SASRec is the history encoder by itself. Where the heads are on another kind, one of attention is trained as well.
 """
 
 import time
@@ -42,6 +43,7 @@ HEADS = ("bayes", "anil", "cavia", "maml", "reptile")
 _AT_ONCE, _SCORES_AT_ONCE = 400, 5_000_000  # histories scored together: at most so many, and so many scores
 _TUNING, _EPISODES = 2_500, 1_500  # validation users for settings and heads
 _RARE_REPEATS = 0.005
+_SASREC = "attention"  # the kind of encoder that it is
 _CONTINUED = 0.25  # of the best number of epochs, for the validation items
 _RIDGE, _RIDGES = 60.0, (20.0, 200.0, 600.0)  # of EASE: the usual one, and what else is tried
 _IALS = (IalsSettings(0.05, 10.0), IalsSettings(0.5, 10.0), IalsSettings(0.5, 40.0))  # what else is tried
@@ -92,18 +94,20 @@ class Course:
         self.repeats = self._repeats()
 
     def learn(self) -> None:
-        """Everything; afterwards `encoded`, `scorers` and `heads` are those to be tested."""
+        """Everything; afterwards `sasrec`, `scorers` and `heads` are those to be tested."""
         train = self.sequences.without_last(2)
-        model, plan = self._encoder()
+        model, plan = self._encoder(
+            self.options.encoder, "history encoder", lambda what, share: self.tell(what, 0.45 * share)
+        )
         self.transitions = self._tune(train)
         self.ridge, self.factors = self._choose_ridge(train), self._choose_factors(train)
         encoded = Encoded(model, self.options.capacity)
         self.heads = self._heads(encoded)
         self.tell("all again with the validation items", 0.75)
-        self._continue(model, plan)
-        self.encoded = Encoded(model, self.options.capacity)
-        self.heads = {name: replace(head, encoded=self.encoded) for name, head in self.heads.items()}
+        encoded = self._continued(model, plan, "history encoder")
+        self.heads = {name: replace(head, encoded=encoded) for name, head in self.heads.items()}
         self.scorers = self._closed_form(self.before)
+        self.sasrec = self._sasrec(encoded)
 
     def ranks(self, scores: Scores, histories: Sequences, targets: Ints) -> Ints:
         """Rank each target, from 1, among the catalogue, behind its equals; own items are last unless they repeat."""
@@ -129,25 +133,34 @@ class Course:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 1)
         return done
 
-    def _encoder(self) -> tuple[SequenceModel, Plan]:
+    def _encoder(self, kind: str, name: str, progress: Tell) -> tuple[SequenceModel, Plan]:
+        """A trained model, which the facts tell of by its name, and how to go on with it."""
         options = self.options
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            history = history_encoder(options.encoder, options.dimension, capacity=options.capacity, dropout=0.5)
+            history = history_encoder(kind, options.dimension, capacity=options.capacity, dropout=0.5)
             model = SequenceModel(ItemEncoder(self.sequences.catalogue, options.dimension), history)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         plan = Plan(epochs=options.epochs, negatives=options.negatives, seed=self.seed, learning_rate=4e-3)
         histories = self.before.histories(options.capacity, hold_last=True)
-        trainer = Trainer(model, histories, plan, progress=lambda what, share: self.tell(what, 0.45 * share))
-        done = self._timed("history encoder", trainer.run)
-        self.facts["history encoder"] = f"{options.encoder}, best after {done.best_epoch} of {done.epochs} epochs"
-        self.facts["held-out nDCG@10 of the history encoder by epoch"] = done.scores
+        done = self._timed(name, Trainer(model, histories, plan, progress=progress).run)
+        self.facts[name] = f"{kind}, best after {done.best_epoch} of {done.epochs} epochs"
+        self.facts[f"held-out nDCG@10 of the {name} by epoch"] = done.scores
         epochs = max(1, round(_CONTINUED * done.best_epoch))
         return model, replace(plan, epochs=epochs, learning_rate=plan.learning_rate / 4, seed=self.seed + 1)
 
-    def _continue(self, model: SequenceModel, plan: Plan) -> None:
+    def _continued(self, model: SequenceModel, plan: Plan, name: str) -> Encoded:
         histories = self.before.histories(self.options.capacity)
-        self._timed("history encoder", Trainer(model, histories, plan).run)
+        self._timed(name, Trainer(model, histories, plan).run)
+        return Encoded(model, self.options.capacity)
+
+    def _sasrec(self, encoded: Encoded) -> Encoded:
+        """The baseline to beat is in the table whatever the heads are on: trained as they would be on attention."""
+        if self.options.encoder == _SASREC:
+            self.facts["sasrec"] = "the history encoder by itself"
+            return encoded
+        model, plan = self._encoder(_SASREC, "sasrec", lambda what, share: self.tell(what, 0.75 + 0.25 * share))
+        return self._continued(model, plan, "sasrec")
 
     def _tune(self, train: Sequences) -> TransitionSettings:
         """Coordinate ascent on the nDCG@10 of validation targets."""
@@ -231,7 +244,7 @@ class Course:
     def _closed_form(self, train: Sequences) -> dict[str, Scorer]:
         makers: dict[str, Callable[[], Scorer | None]] = {
             "popularity": lambda: Popularity.learn(train),
-            "recents": Recents,
+            "recents": lambda: Recents() if self.repeats else None,
             "item-knn": lambda: Transitions.learn(train, self.transitions),
             "vsknn": lambda: VSknn.learn(train),
             "ials": lambda: Ials(train, dimension=_IALS_DIMENSION, seed=self.seed, settings=self.factors),

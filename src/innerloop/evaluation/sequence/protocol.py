@@ -6,15 +6,21 @@ pessimistically. Whether items that a user has had before are ranked too follows
 validation targets are hardly ever repeats. Published full rankings differ in this; SASRec's leaves them out.
 
 Arms: `default` is what adapt serves, a release trained on everything before the test targets (see served.py);
-`none` is what it gives a user of whom nothing is known, `placebo` what it gives another user. Each head is adapted
-around the vector of a history encoder of this protocol's own (see heads.py). Baselines: popularity, own recents,
-item-kNN with sequential rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained
-with many negatives, which is the history encoder by itself). There are no clocks here, so the arms stale-1h and
-stale-1d don't apply.
+`none` is what it gives a user of whom nothing is known, `placebo` what it gives another user, `stale-1h` and `stale-1d`
+what it gives for the history as it was known an hour and a day before the test target. Each head is adapted around the
+vector of a history encoder of this protocol's own (see heads.py). Baselines: popularity, item-kNN with sequential
+rules, V-SkNN, iALS, EASE where the catalogue's inverse fits, and SASRec (attention trained with many negatives). Where
+they apply: popularity of the last hour and in the category (see log_baselines.py), own recents, carted then recents.
+
+What is learned is every user's items but the last, whenever they were: some may be later than another user's test
+target, as in published figures. Only what log_baselines.py counts is strictly earlier than the target, and only that
+and the stale arms go by the file's clock. A file of positions has none, and what needs one is left out. The facts say
+what is left out, and why.
 """
 
 import time
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +30,30 @@ from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.sequence.baselines import Scorer
 from innerloop.evaluation.sequence.course import Course, Options
-from innerloop.evaluation.sequence.sequences import Sequences, read_sequences
+from innerloop.evaluation.sequence.log_baselines import (
+    CARTED,
+    IN_CATEGORY,
+    LAST_HOUR,
+    NO_CLOCK,
+    NO_OWN_ITEMS,
+    list_ranks,
+    reasons_against,
+)
+from innerloop.evaluation.sequence.sequences import SequenceFile, Sequences, read_sequences
 from innerloop.evaluation.sequence.served import ServedSequences
 
-BASELINES = frozenset({"popularity", "recents", "item-knn", "vsknn", "ials", "ease", "sasrec"})
+BASELINES = frozenset(
+    {"popularity", LAST_HOUR, IN_CATEGORY, "recents", CARTED, "item-knn", "vsknn", "ials", "ease", "sasrec"}
+)
+_STALE = {"stale-1h": 3_600_000, "stale-1d": 86_400_000}
 _CUTOFFS = (10, 20)
 _SIZES = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 10**9)}
 
 
 def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) -> Outcome:
     """Judge every arm. Raises SettingsError for a file without usable sequences."""
-    sequences = read_sequences(data, seed=seed)
+    file = read_sequences(data, seed=seed)
+    sequences = file.sequences
     course = Course(sequences, options or Options(), seed, lambda what, share: tell(what, 0.5 * share))
     course.learn()
     settings = LearningSettings(seed=seed, sequence_positions=course.options.positions)
@@ -43,7 +62,9 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     users = _some(able, course.options.users, seed)
     histories, targets = course.before.take(users), sequences.take(users).last()
     tell("test", 0.9)
-    ranks = _served(served, course, histories, targets) | _ranks(course, histories, targets)
+    stale = {arm: file.known(delay).take(users) for arm, delay in _STALE.items()} if file.clock else {}
+    ranks = _served(served, course, histories, targets, stale) | _ranks(course, histories, targets)
+    ranks |= list_ranks(file, users, own_items=course.repeats)
     course.facts |= {
         "users": len(users),
         "users with one item, not tested": len(sequences) - len(able),
@@ -52,8 +73,8 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
-        "sasrec": "the history encoder by itself",
-        "left out": {"stale-1h, stale-1d, popularity-1h, covisits-1h": "sequences have no clock"},
+        "counted": _counted(file, ranks),
+        "left out": _left_out(file, course),
     }
     return Outcome(
         users=users,
@@ -65,17 +86,42 @@ def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) ->
     )
 
 
-def _served(served: ServedSequences, course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
-    """The rank of each target on the lists that adapt publishes; `placebo` is the list of a user drawn at random."""
+def _counted(file: SequenceFile, arms: Collection[str]) -> dict[str, str]:
+    """What of the file each arm has seen, and which clock it goes by."""
+    found = {"learned from": "every user's items but the last, whenever they were"}
+    if file.clock:
+        strict = ", ".join(name for name in (LAST_HOUR, IN_CATEGORY, CARTED) if name in arms)
+        found[strict] = "of these, what is strictly earlier than the judged item"
+    return found | {"a release's clock": "made up: a user's items five minutes apart, all histories ending together"}
+
+
+def _left_out(file: SequenceFile, course: Course) -> dict[str, str]:
+    """Why each arm and baseline that other protocols have isn't in this table."""
+    found = {} if file.clock else dict.fromkeys(_STALE, NO_CLOCK)
+    found |= reasons_against(file, own_items=course.repeats)
+    if "recents" not in course.scorers:
+        found["recents"] = NO_OWN_ITEMS
+    if "ease" not in course.scorers:
+        found["ease"] = "the inverse of so large a catalogue does not fit"
+    return found | {"covisits-1h": "a user's items are one sequence, without visits: item-knn counts what follows what"}
+
+
+def _served(
+    served: ServedSequences, course: Course, histories: Sequences, targets: Ints, stale: Mapping[str, Sequences]
+) -> dict[str, Ints]:
+    """The rank of each target on the lists that adapt publishes, by what it knows of the user.
+
+    `stale` is known of the same users a while before; `placebo` is the list of a user drawn at random.
+    """
     others = _other_users(len(targets), course.seed)
     asked = {
         "default": histories,
         "none": histories.without_last(len(histories.items)),
         "placebo": histories.take(others),
+        **stale,
     }
-    return {
-        arm: served.ranks(known, targets, longest=max(_CUTOFFS), repeats=course.repeats) for arm, known in asked.items()
-    }
+    removed = None if course.repeats else histories
+    return {arm: served.ranks(known, targets, longest=max(_CUTOFFS), removed=removed) for arm, known in asked.items()}
 
 
 def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Ints]:
@@ -94,8 +140,7 @@ def _ranks(course: Course, histories: Sequences, targets: Ints) -> dict[str, Int
 
 def _arms(course: Course) -> dict[str, Scorer]:
     baselines = {name: scorer for name, scorer in course.scorers.items() if name in BASELINES}
-    sasrec: dict[str, Scorer] = {"sasrec": course.encoded} if course.options.encoder == "attention" else {}
-    return {**course.heads, **baselines, **sasrec}
+    return {**course.heads, **baselines, "sasrec": course.sasrec}
 
 
 def _some(users: Ints, most: int, seed: int) -> Ints:

@@ -1,7 +1,8 @@
 """Users' items in their order, read from a file, and the splits of the `sequence` protocol.
 
-A file has the columns user_id, item_id and `position`, or instead of the position any column that is known as a time
-(see event_table). Items of one user at one position are put in random order, the same for the same seed.
+A file has the columns user_id, item_id and either a time (any column that `event_table` knows as one) or a `position`,
+or both: then the time orders, and the position what is of one time. Items of one user that nothing orders are put in
+random order, the same for the same seed.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from innerloop.evaluation.outcome import Ints
 from innerloop.learning.softmax_training import Histories
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+CLOCKS = frozenset({"event_time", "ts_ms", "timestamp", "time", "ts"})
+"""The columns that `event_table` takes for the time of an event."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,14 @@ class Sequences:
         """How often each item occurs, [catalogue]."""
         return np.bincount(self.items, minlength=self.catalogue).astype(np.int64)
 
-    def without_last(self, count: int) -> "Sequences":
-        """Every user's items but the last `count`; who has fewer is left with none."""
-        lengths = np.maximum(self.lengths - count, 0)
+    def first(self, lengths: Ints) -> "Sequences":
+        """Every user's first `lengths` [B] items."""
         kept = np.arange(len(self.items)) < np.repeat(self.starts[:-1] + lengths, self.lengths)
         return Sequences(self.items[kept], _starts(lengths), self.catalogue)
+
+    def without_last(self, count: int) -> "Sequences":
+        """Every user's items but the last `count`; who has fewer is left with none."""
+        return self.first(np.maximum(self.lengths - count, 0))
 
     def last(self) -> Ints:
         """Every user's last item, [B]. Each user needs one."""
@@ -90,19 +96,50 @@ class Sequences:
         return Histories(torch.from_numpy(items), torch.from_numpy(lengths), torch.from_numpy(held))
 
 
-def read_sequences(data: Path, *, seed: int) -> Sequences:
+@dataclass(frozen=True)
+class SequenceFile:
+    """A file's sequences, and what else it says of each of their items.
+
+    `events` [E] are in the order of the items: event_type, category (null where unknown) and event_time (epoch ms; 0
+    everywhere without a clock).
+    """
+
+    sequences: Sequences
+    events: pl.DataFrame
+    clock: bool
+
+    @property
+    def times(self) -> Ints:
+        """When each item was, [E]."""
+        found: Ints = self.events["event_time"].to_numpy()
+        return found
+
+    @property
+    def ends(self) -> Ints:
+        """When each user's last item was, [B]."""
+        return self.times[self.sequences.starts[1:] - 1]
+
+    def known(self, delay_ms: int) -> Sequences:
+        """Of every user's items what was over by more than `delay_ms` when the last one came. Needs a clock."""
+        over = self.times < np.repeat(self.ends - delay_ms, self.sequences.lengths)
+        return self.sequences.first(np.add.reduceat(over, self.sequences.starts[:-1], dtype=np.int64))
+
+
+def read_sequences(data: Path, *, seed: int) -> SequenceFile:
     """Read a file, or all such files of a folder as one.
 
     Raises SettingsError when there is no such file, a column is missing or empty, or nobody has two items.
     """
-    table = _positions(data)
+    table, clock = _table(data)
     order = np.random.default_rng(seed).permutation(table.height)
-    shuffled = table[order].sort("user", "position", maintain_order=True)
-    items = shuffled["item_id"].rank("dense").cast(pl.Int64).to_numpy() - 1
-    lengths = np.bincount(shuffled["user"].to_numpy())
+    by = ("user", "event_time", "position") if clock else ("user", "position")
+    events = table[order].sort(*by, maintain_order=True)
+    items = events["item_id"].rank("dense").cast(pl.Int64).to_numpy() - 1
+    lengths = np.bincount(events["user"].to_numpy())
     if not len(lengths) or lengths.max() < 2:  # noqa: PLR2004 - one to learn from and one to foresee
         raise SettingsError(f"{data} has no user with two items: nothing can be foreseen from a history.")
-    return Sequences(items.astype(np.int64), _starts(lengths), int(items.max()) + 1)
+    sequences = Sequences(items.astype(np.int64), _starts(lengths), int(items.max()) + 1)
+    return SequenceFile(sequences, events.select("event_type", "category", "event_time"), clock)
 
 
 def _files(data: Path) -> list[Path]:
@@ -114,21 +151,34 @@ def _files(data: Path) -> list[Path]:
     return found
 
 
-def _positions(data: Path) -> pl.DataFrame:
-    """Columns user (0, 1, ..), item_id and position, sorted by row of the files."""
-    events = pl.concat([_read(path) for path in _files(data)])
+def _table(data: Path) -> tuple[pl.DataFrame, bool]:
+    """All events with users numbered 0, 1, .., sorted by row of the files, and whether they have a clock."""
+    found = {path: _columns(path) for path in _files(data)}
+    clock = all(CLOCKS & columns.keys() for columns in found.values() if columns)
+    if not clock and any(CLOCKS & columns.keys() and "position" not in columns for columns in found.values()):
+        raise SettingsError(f"{data} has files with times and files without: give all of them times, or positions.")
+    events = pl.concat([_read(path, columns.get("position"), clock=clock) for path, columns in found.items()])
     if not events.height:
         raise SettingsError(f"{data} is empty: name a file with user_id, position and item_id.")
-    return events.select((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user"), "item_id", "position")
+    return events.with_columns((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user")), clock
 
 
-def _read(path: Path) -> pl.DataFrame:
-    columns = _columns(path)
-    if "position" in columns:
-        events = read_actions(path, columns={"event_time": columns["position"]})
+def _read(path: Path, position: str | None, *, clock: bool) -> pl.DataFrame:
+    """The columns user_id, item_id, event_type, event_time, category and position of a file; see SequenceFile."""
+    if not clock:
+        events = read_actions(path, columns={} if position is None else {"event_time": position})
+        events = events.with_columns(pl.col("event_time").cast(pl.Float64).alias("position"), event_time=0)
+    elif position is None:
+        events = read_actions(path).with_columns(position=0.0)
     else:
-        events = read_actions(path)
-    return events.select("user_id", "item_id", pl.col("event_time").alias("position"))
+        # An event table has no place for it: it travels as the value, a number that no sequence needs.
+        events = read_actions(path, columns={"value": position}).rename({"value": "position"})
+        if empty := events["position"].null_count():
+            raise SettingsError(f"{path} has {empty} rows without a usable position: remove them or that column.")
+    if "category" not in events.columns:
+        events = events.with_columns(category=pl.lit(None, pl.String))
+    whole = pl.col("event_time").cast(pl.Int64)
+    return events.select("user_id", "item_id", "event_type", whole, "category", "position")
 
 
 def _columns(path: Path) -> dict[str, str]:

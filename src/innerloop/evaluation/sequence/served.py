@@ -56,21 +56,21 @@ class ServedSequences:
         numbers[np.array([int(item) for item in log.item_ids])] = np.arange(len(log.item_ids))
         return cls(release, scorer, numbers, support.capacity)
 
-    def ranks(self, histories: Sequences, targets: Ints, *, longest: int, repeats: bool) -> Ints:
-        """The rank [B] of each target on the list after its history; the catalogue's size if not among `longest`.
+    def ranks(self, known: Sequences, targets: Ints, *, longest: int, removed: Sequences | None = None) -> Ints:
+        """The rank [B] of each target on the list after what is known; the catalogue's size if not among `longest`.
 
-        Without repeats, what the history holds is left out of the list.
+        The lists lack what is in `removed` [B], which is the users' own whatever is known of them: all arms choose
+        among the same items. None removes nothing.
         """
         parts = [np.empty(0, np.int64)]
-        for rows in np.split(np.arange(len(histories)), range(_TASKS_AT_ONCE, len(histories), _TASKS_AT_ONCE)):
-            some = histories.take(rows)
-            own = None if repeats else self._own(some)
-            top = longest + (0 if own is None else min(own.shape[1], self.capacity))
-            lists = self.scorer.lists(self._sets(some), top, exclude_seen=not repeats)
+        for rows in np.split(np.arange(len(known)), range(_TASKS_AT_ONCE, len(known), _TASKS_AT_ONCE)):
+            own = None if removed is None else self._places(removed.take(rows))
+            top = longest + (0 if own is None else own.shape[1])
+            lists = self.scorer.lists(self._sets(known.take(rows)), top)
             places = self.scorer.catalogue.places(self.numbers[targets[rows]])
             unknown = self.numbers[targets[rows]] < 0
             found = ranks(lists.places, lists.scores.astype(np.float64), np.where(unknown, -2, places), own)
-            parts.append(np.where((found > 0) & (found <= longest), found, histories.catalogue))
+            parts.append(np.where((found > 0) & (found <= longest), found, known.catalogue))
         return np.concatenate(parts)
 
     def _sets(self, histories: Sequences) -> SupportSets:
@@ -83,7 +83,7 @@ class ServedSequences:
         counts = np.bincount(histories.users[kept], minlength=len(histories))
         return SupportSets(np.concatenate([[0], np.cumsum(counts)]), examples)
 
-    def _own(self, histories: Sequences) -> Ints:
+    def _places(self, histories: Sequences) -> Ints:
         """Places of everything in each history, [B, H], -1 for none."""
         own = np.full((len(histories), int(histories.lengths.max(initial=1))), -1)
         numbers = self.numbers[histories.items]
