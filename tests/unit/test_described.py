@@ -17,12 +17,13 @@ from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.item_table import read_items
 from innerloop.learning import described as subject
+from innerloop.learning.catalogue import Catalogue
 from innerloop.learning.described import COLUMNS, Described
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, signatures
 from innerloop.learning.episodes import log_of
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.sequence_training import Recipe, Taught, continue_learning, learn_sequences
-from innerloop.learning.training import train
+from innerloop.learning.training import as_served, train, with_categories
 
 COLOURS = ("red", "green", "blue", "black")
 ITEMS = 160
@@ -240,6 +241,44 @@ def test_a_price_without_bound_has_a_bucket() -> None:
 def test_the_category_that_events_name_goes_before_the_catalogues() -> None:
     told = Described.of(items().with_columns(category="item_id"), {"i001": "shoes", "i003": "hats"})
     assert told.category_names(["i003", "i000", "i002", "i001"]) == ["hats", "i000", "i002", "shoes"]
+
+
+def test_what_only_the_catalogue_names_are_categories_to_all_of_a_release() -> None:
+    """Encoder, sequence model and candidates know the categories; without the catalogue there are none."""
+    by_colour = items().with_columns(category=pl.Series([colour(n) for n in range(ITEMS)]))
+    nameless = history(users=60).drop("category")
+    settings = LearningSettings(dimension=8, sequence="pooled", sequence_positions=2_000)
+
+    def trained(told: pl.DataFrame | None) -> Release:
+        return train(nameless, settings=settings, weights={"click": 1.0}, capacity=16, version=1, items=told)
+
+    release, without = trained(by_colour), trained(None)
+    assert release.encoder.categories == sorted(COLOURS)
+    assert without.encoder.categories == []
+    met = release.item_ids
+    assert release.encoder.item_category_names() == [colour(int(item[1:])) for item in met]
+    assert release.sequence is not None
+    assert len(release.sequence.category_vectors) == len(COLOURS)
+    catalogue = Catalogue(release, torch.device("cpu"))
+    assert [name for _, name in catalogue.named()] == release.encoder.item_category_names()
+
+
+def test_events_that_name_a_category_keep_theirs() -> None:
+    events = pl.DataFrame(
+        {"item_id": ["a", "a", "b", "c"], "category": ["new", None, None, None], "event_time": range(4)}
+    )
+    told = pl.DataFrame(
+        {"item_id": ["a", "b"], "category": ["old", "hats"], "price": None, "text": None}, schema=COLUMNS
+    )
+    assert with_categories(events, told)["category"].to_list() == ["new", None, "hats", None]
+
+
+def test_lessons_know_of_a_new_item_what_the_service_would() -> None:
+    """The early release has not met it: its category comes with the next release, not with its first event."""
+    told = history().drop("category")
+    seen = as_served(with_categories(told, items()), told, [f"i{n:03}" for n in range(ITEMS) if n != 5])
+    assert set(seen.filter(pl.col("item_id") == "i005")["category"].to_list()) == {None}
+    assert set(seen.filter(pl.col("item_id") != "i005")["category"].to_list()) == {"things"}
 
 
 def test_an_item_told_of_twice_is_as_it_was_told_last() -> None:

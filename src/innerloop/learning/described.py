@@ -79,7 +79,7 @@ class Described:
     def besides(self, encoder: Encoder, most: int) -> list[str]:
         """The first `most` that aren't in the encoder's table.
 
-        Where events name categories, only those of a category that they name: the regression knows no other.
+        Where items of the table have categories, only those of such a category: the regression knows no other.
         """
         known, named = set(encoder.item_ids), set(encoder.categories)
         described = zip(self.item_ids, self.names, strict=True)

@@ -15,7 +15,7 @@
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,7 +116,7 @@ def train(
     """Learn a release from an event table; `weights` by event type and `capacity` are those of the support sets.
 
     `items` is what the shop says of its items, with `described.COLUMNS`: one that isn't in the history has a sensible
-    vector by it.
+    vector by it, and one whose events name no category has the one that is said.
 
     The table's impressions teach clicks on ads, as if `impressions` of each user were kept, and nothing else.
 
@@ -134,6 +134,7 @@ def train(
         history.filter(kind) for kind in (pl.col("event_type") == IMPRESSION, pl.col("event_type") != IMPRESSION)
     )
     lesson = _Lesson(history, settings, weights, capacity, items)
+    history = lesson.history
     tell("encoder on the earlier part", 0.0)
     choice, metrics, early = lesson.choose(tell)
     early, taught, of_sequences = lesson.foresee(early, tell, checkpoint)
@@ -188,9 +189,10 @@ class _Lesson:
     ) -> None:
         if history.height < _LEAST_EVENTS:
             raise SettingsError(f"The history has {history.height} events; training needs {_LEAST_EVENTS} or more.")
-        self.history, self.settings, self.weights, self.capacity = history, settings, weights, capacity
+        self.told, self.settings, self.weights, self.capacity = history, settings, weights, capacity
         self.random = torch.Generator().manual_seed(settings.seed)
-        self.categories = _categories(history)
+        self.history = history if items is None else with_categories(history, items)
+        self.categories = _categories(self.history)
         self.described = Described.none() if items is None else Described.of(items, self.categories)
 
     def log_of(self, events: pl.DataFrame, item_ids: list[str] | None = None) -> Log:
@@ -299,7 +301,7 @@ class _Lesson:
 
     def rank(self, early: Release, tell: Progress) -> tuple[Ranker | None, dict[str, float]]:
         """Teach the ranker on a sample of the events after `early`, and measure it on the newest; None if too few."""
-        log = stream_of(self.history, seed=self.settings.seed)
+        log = stream_of(as_served(self.history, self.told, early.item_ids), seed=self.settings.seed)
         weights = kind_weights(self.weights)
         rows = np.flatnonzero((log.times > early.card.data.last_event_time) & (weights[log.kinds] > 0))
         if len(rows) < _LEAST_MOMENTS:
@@ -433,6 +435,31 @@ def _one_at_a_time(choice: Choice, quality: Callable[[Choice], float], tell: Pro
             if candidate != choice and (reached := quality(candidate)) > best:
                 best, choice = reached, candidate
     return choice
+
+
+def with_categories(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Events of items for which none names a category get the one of the table `items` (`described.COLUMNS`)."""
+    if "category" not in events.columns:
+        events = events.with_columns(category=pl.lit(None, pl.String))
+    of_table = items.unique("item_id", keep="last").select("item_id", pl.col("category").alias("of_table"))
+    nameless = pl.col("category").is_null().all().over("item_id")
+    filled = events.join(of_table, on="item_id", how="left", maintain_order="left").with_columns(
+        pl.when(nameless).then("of_table").otherwise("category").alias("category")
+    )
+    return filled.drop("of_table")
+
+
+def as_served(history: pl.DataFrame, told: pl.DataFrame, known: Sequence[str]) -> pl.DataFrame:
+    """The categories of `history` for the items `known` to a release; of others what their own events `told`.
+
+    A service learns with the next release what only the catalogue says of an item: a lesson must not know it earlier.
+    """
+    if "category" not in history.columns:
+        return history
+    named = pl.lit(None, pl.String) if "category" not in told.columns else told["category"]
+    return history.with_columns(
+        pl.when(pl.col("item_id").is_in(known)).then("category").otherwise(named).alias("category")
+    )
 
 
 def _categories(events: pl.DataFrame) -> dict[str, str]:
