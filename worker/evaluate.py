@@ -94,14 +94,16 @@ def sequence(  # noqa: PLR0917 - options by name
     dimension: Annotated[int, typer.Option(min=2, help="Coordinates of an item's vector.")] = 96,
     epochs: Annotated[int, typer.Option(min=1, help="The most epochs of that encoder.")] = 14,
     users: Annotated[int, typer.Option(min=1, help="The most users that are tested, drawn at random.")] = 50_000,
+    column: Columns = None,
 ) -> None:
     """Every user's last item among the whole catalogue, after the items before it."""
     from innerloop.evaluation.sequence import protocol as sequence  # noqa: PLC0415
     from innerloop.evaluation.sequence.course import Options  # noqa: PLC0415
 
     options = Options(encoder=encoder, dimension=dimension, epochs=epochs, users=users)
+    columns = columns_of(column)
     job = _Job("sequence", data, report, draws, seed)
-    job.judge(lambda tell: sequence.run(data, seed=seed, tell=tell, options=options))
+    job.judge(lambda tell: sequence.run(data, seed=seed, tell=tell, options=options, columns=columns))
 
 
 Share = Annotated[float, typer.Option(help="Share of the time span that trains; what comes after it is scored.")]

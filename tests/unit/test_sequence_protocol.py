@@ -72,6 +72,20 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(data, seed=0, tell=silent, options=QUICK)
 
 
+@pytest.mark.parametrize("order", ["position", "event_time"])
+def test_a_column_of_another_name_is_mapped(order: str, tmp_path: Path) -> None:
+    table = pl.DataFrame({"who": ["a", "a", "b"], "sku": ["x", "y", "x"], order: [2, 1, 1]})
+    columns = {"user_id": "who", "item_id": "sku"}
+    if order == "event_time":
+        table, columns["event_time"] = table.rename({order: "when"}), "when"
+    path = written(table, tmp_path / "x.parquet")
+    with pytest.raises(SettingsError, match="map one with --column user_id=NAME"):
+        read_sequences(path, seed=0)
+    found = read_sequences(path, seed=0, columns=columns)
+    assert found.clock == (order == "event_time")
+    assert found.sequences.items.tolist() == [1, 0, 0]
+
+
 def test_items_are_read_in_the_order_of_their_positions(tmp_path: Path) -> None:
     table = pl.DataFrame({"user_id": [7, 3, 7, 7], "position": [2, 0, 0, 1], "item_id": ["c", "a", "d", "b"]})
     found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0).sequences
@@ -90,7 +104,7 @@ def test_a_time_serves_where_there_is_no_position_and_a_folder_with_one_file_is_
     assert found.times.tolist() == [1_600_000_000_000 + n for n in (1, 3, 5)]
 
 
-@pytest.mark.parametrize("name", event_table._NAMES["event_time"])
+@pytest.mark.parametrize("name", event_table.TIMES)
 def test_whatever_an_event_table_takes_for_a_time_is_a_clock(tmp_path: Path, name: str) -> None:
     table = pl.DataFrame({"user_id": [1, 1], name.upper(): [7_000, 3_000], "item_id": ["a", "b"]})
     found = read_sequences(written(table, tmp_path / "x.parquet"), seed=0)

@@ -20,12 +20,14 @@ import polars as pl
 from innerloop.errors import SettingsError
 from innerloop.events import IMPRESSION
 
+TIMES = ("event_time", "ts_ms", "timestamp", "time", "ts")
+"""The columns that are taken for the time of an event."""
 _NAMES: dict[str, tuple[str, ...]] = {
     "event_id": ("event_id",),
     "event_type": ("event_type", "event", "behavior", "behaviour", "action_type", "type"),
     "user_id": ("user_id", "userid", "visitorid", "visitor_id", "customer_id"),
     "item_id": ("item_id", "itemid", "product_id", "article_id"),
-    "event_time": ("event_time", "ts_ms", "timestamp", "time", "ts"),
+    "event_time": TIMES,
     "session_id": ("session_id", "user_session"),
     "category": ("category", "category_id", "categoryid", "category_code"),
     "price": ("price",),

@@ -50,9 +50,16 @@ _CUTOFFS = (10, 20)
 _SIZES = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 10**9)}
 
 
-def run(data: Path, *, seed: int, tell: Tell, options: Options | None = None) -> Outcome:
-    """Judge every arm. Raises SettingsError for a file without usable sequences."""
-    file = read_sequences(data, seed=seed)
+def run(
+    data: Path,
+    *,
+    seed: int,
+    tell: Tell,
+    options: Options | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Judge every arm; `columns` as for `read_events`. Raises SettingsError for a file without usable sequences."""
+    file = read_sequences(data, seed=seed, columns=columns)
     sequences = file.sequences
     course = Course(sequences, options or Options(), seed, lambda what, share: tell(what, 0.5 * share))
     course.learn()

@@ -5,7 +5,7 @@ or both: then the time orders, and the position what is of one time. Items of on
 random order, the same for the same seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,11 @@ import scipy.sparse
 import torch
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_actions
+from innerloop.evaluation.event_table import TIMES, read_actions
 from innerloop.evaluation.outcome import Ints
 from innerloop.learning.softmax_training import Histories
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
-CLOCKS = frozenset({"event_time", "ts_ms", "timestamp", "time", "ts"})
-"""The columns that `event_table` takes for the time of an event."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,12 @@ class SequenceFile:
         return self.sequences.first(np.add.reduceat(over, self.sequences.starts[:-1], dtype=np.int64))
 
 
-def read_sequences(data: Path, *, seed: int) -> SequenceFile:
-    """Read a file, or all such files of a folder as one.
+def read_sequences(data: Path, *, seed: int, columns: Mapping[str, str] | None = None) -> SequenceFile:
+    """Read a file, or all such files of a folder as one; `columns` as for `read_events`.
 
     Raises SettingsError when there is no such file, a column is missing or empty, or nobody has two items.
     """
-    table, clock = _table(data)
+    table, clock = _table(data, columns or {})
     order = np.random.default_rng(seed).permutation(table.height)
     by = ("user", "event_time", "position") if clock else ("user", "position")
     events = table[order].sort(*by, maintain_order=True)
@@ -151,28 +149,29 @@ def _files(data: Path) -> list[Path]:
     return found
 
 
-def _table(data: Path) -> tuple[pl.DataFrame, bool]:
+def _table(data: Path, mapped: Mapping[str, str]) -> tuple[pl.DataFrame, bool]:
     """All events with users numbered 0, 1, .., sorted by row of the files, and whether they have a clock."""
     found = {path: _columns(path) for path in _files(data)}
-    clock = all(CLOCKS & columns.keys() for columns in found.values() if columns)
-    if not clock and any(CLOCKS & columns.keys() and "position" not in columns for columns in found.values()):
+    clocks = {mapped["event_time"].lower()} if "event_time" in mapped else set(TIMES)
+    clock = all(clocks & columns.keys() for columns in found.values() if columns)
+    if not clock and any(clocks & columns.keys() and "position" not in columns for columns in found.values()):
         raise SettingsError(f"{data} has files with times and files without: give all of them times, or positions.")
-    events = pl.concat([_read(path, columns.get("position"), clock=clock) for path, columns in found.items()])
+    events = pl.concat([_read(path, columns.get("position"), mapped, clock=clock) for path, columns in found.items()])
     if not events.height:
         raise SettingsError(f"{data} is empty: name a file with user_id, position and item_id.")
     return events.with_columns((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user")), clock
 
 
-def _read(path: Path, position: str | None, *, clock: bool) -> pl.DataFrame:
+def _read(path: Path, position: str | None, mapped: Mapping[str, str], *, clock: bool) -> pl.DataFrame:
     """The columns user_id, item_id, event_type, event_time, category and position of a file; see SequenceFile."""
     if not clock:
-        events = read_actions(path, columns={} if position is None else {"event_time": position})
+        events = read_actions(path, columns=mapped if position is None else {**mapped, "event_time": position})
         events = events.with_columns(pl.col("event_time").cast(pl.Float64).alias("position"), event_time=0)
     elif position is None:
-        events = read_actions(path).with_columns(position=0.0)
+        events = read_actions(path, columns=mapped).with_columns(position=0.0)
     else:
         # An event table has no place for it: it travels as the value, a number that no sequence needs.
-        events = read_actions(path, columns={"value": position}).rename({"value": "position"})
+        events = read_actions(path, columns={**mapped, "value": position}).rename({"value": "position"})
         if empty := events["position"].null_count():
             raise SettingsError(f"{path} has {empty} rows without a usable position: remove them or that column.")
     if "category" not in events.columns:

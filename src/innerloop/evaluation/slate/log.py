@@ -13,10 +13,10 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import event_times, identifiers_of
+from innerloop.evaluation.event_table import TIMES, event_times, identifiers_of
 from innerloop.evaluation.outcome import Floats, Ints
 
-_TIMES = ("ts_ms", "event_time", "timestamp", "time", "ts")
+_TIMES = ("ts_ms", *(name for name in TIMES if name != "ts_ms"))
 _NAMES: dict[str, tuple[str, ...]] = {
     "user": ("user_id",),
     "session": ("session_id",),
