@@ -144,7 +144,7 @@ class AdaptSettings(_Section):
 class LearningSettings(_Section):
     method: str = "bayes"
     dimension: Positive = 64
-    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     sequence: Annotated[str, Field(pattern=f"^({'|'.join(SEQUENCES)})$")] = "auto"
     """The sequence model's history encoder. `auto` trains `pooled` and keeps it if lists of what came later are better
     for it; a kind that is named is kept in any case."""
@@ -157,7 +157,8 @@ class LearningSettings(_Section):
     0.5 KB each in a release."""
     attribution_hours: Annotated[float, Field(ge=0.001, le=8760)] = 24.0
     """A purchase belongs to a click of its item at most so long before. A release keeps what it was learned with: a
-    change counts from the next training on, and for `innerloop quality` from its next start."""
+    change counts from the next training on, and for `innerloop quality` from its next start, which
+    judges no ad's click that is older than the new window and younger than the old."""
     click_hours: Annotated[float, Field(ge=0.001, le=8760)] = 1.0
     """A click belongs to an impression of its item at most so long before; one without a click is a negative then. As
     above, from the next training on."""

@@ -79,9 +79,10 @@ class AdScores(ScoreHeader, frozen=True, gc=False, kw_only=True):
     """One user's active ads, best first.
 
     With the kind `purchase_given_click` a score is the calibrated probability that a click on the ad, made right after
-    the user's newest event, is followed by a purchase of its item within 24 hours. With `click_and_purchase` it is the
-    probability that the ad, shown then, is clicked within an hour and its item then bought, and with `click` that it is
-    clicked. Else it only ranks. Without impressions the probability of a click can't be known.
+    the user's newest event, is followed by a purchase of its item within the attribution window. With
+    `click_and_purchase` it is the probability that the ad, shown then, is clicked within an hour and its item then
+    bought, and with `click` that it is clicked. Else it only ranks. Without impressions the probability of a click
+    can't be known.
     """
 
     ads: list[ScoredAd]

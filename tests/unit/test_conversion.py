@@ -80,6 +80,19 @@ def test_alone_a_user_has_no_placebo(tmp_path: Path) -> None:
     assert found.facts["left out"] == {"placebo": "all clicks that are scored are one user's"}
 
 
+def test_where_one_user_is_left_what_is_served_has_no_placebo(tmp_path: Path) -> None:
+    """Before the cut are others, of whom `live` would have drawn: its placebo is not that of another model."""
+    late = pl.col("ts_ms") >= _START + 4.9 * _DAY
+    table = _events(clicks=2_500).with_columns(user_id=pl.when(late).then(7).otherwise("user_id"))
+    table.write_parquet(tmp_path / "late.parquet")
+    found = conversion.run(tmp_path / "late.parquet", seed=0, tell=_tell)
+    assert found.facts["default"] == "as adapt publishes it, trained again every day"
+    assert {"default", "stale-1h", "stale-1d"} <= set(found.arms)
+    assert "placebo" not in found.arms
+    assert found.facts["left out"] == {"placebo": "all clicks that are scored are one user's"}
+    assert int(str(found.facts["clicks whose window the data ends in"])) <= len(found.users)
+
+
 def test_the_same_seed_gives_the_same_figures(file: Path) -> None:
     first, again = (conversion.run(file, seed=1, tell=_tell) for _ in range(2))
     for arm in first.arms:

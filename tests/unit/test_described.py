@@ -17,13 +17,15 @@ from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.item_table import read_items
 from innerloop.learning import described as subject
+from innerloop.learning import training
 from innerloop.learning.catalogue import Catalogue
 from innerloop.learning.described import COLUMNS, Described
 from innerloop.learning.encoder import FIXED, Encoder, learn_encoder, signatures
 from innerloop.learning.episodes import log_of
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.sequence_training import Recipe, Taught, continue_learning, learn_sequences
-from innerloop.learning.training import as_served, train, with_categories
+from innerloop.learning.stream_log import StreamLog, stream_of
+from innerloop.learning.training import train, with_categories
 
 COLOURS = ("red", "green", "blue", "black")
 ITEMS = 160
@@ -273,12 +275,19 @@ def test_events_that_name_a_category_keep_theirs() -> None:
     assert with_categories(events, told)["category"].to_list() == ["new", None, "hats", None]
 
 
-def test_lessons_know_of_a_new_item_what_the_service_would() -> None:
-    """The early release has not met it: its category comes with the next release, not with its first event."""
-    told = history().drop("category")
-    seen = as_served(with_categories(told, items()), told, [f"i{n:03}" for n in range(ITEMS) if n != 5])
-    assert set(seen.filter(pl.col("item_id") == "i005")["category"].to_list()) == {None}
-    assert set(seen.filter(pl.col("item_id") != "i005")["category"].to_list()) == {"things"}
+def test_lessons_know_of_a_new_item_what_the_service_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that the early release has not met gets the catalogue's category with the next release, not before."""
+    told, replayed = history(users=60).drop("category"), list[pl.DataFrame]()
+
+    def kept(table: pl.DataFrame, *, seed: int) -> StreamLog:
+        replayed.append(table)
+        return stream_of(table, seed=seed)
+
+    monkeypatch.setattr(training, "stream_of", kept)
+    settings = LearningSettings(dimension=8, sequence="off")
+    release = train(told, settings=settings, weights={"click": 1.0}, capacity=16, version=1, items=items())
+    assert release.encoder.categories == ["things"]
+    assert ["category" in table.columns for table in replayed] == [False]
 
 
 def test_an_item_told_of_twice_is_as_it_was_told_last() -> None:

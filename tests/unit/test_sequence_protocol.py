@@ -72,17 +72,22 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(data, seed=0, tell=silent, options=QUICK)
 
 
+def test_a_position_that_is_no_number_is_refused_beside_a_clock_too(tmp_path: Path) -> None:
+    table = pl.DataFrame({"user_id": "a", "item_id": ["x", "y"], "event_time": 7, "position": [float("nan"), 1.0]})
+    with pytest.raises(SettingsError, match="1 rows without a usable position"):
+        read_sequences(written(table, tmp_path / "x.parquet"), seed=0)
+
+
 @pytest.mark.parametrize("order", ["position", "event_time"])
 def test_a_column_of_another_name_is_mapped(order: str, tmp_path: Path) -> None:
-    table = pl.DataFrame({"who": ["a", "a", "b"], "sku": ["x", "y", "x"], order: [2, 1, 1]})
-    columns = {"user_id": "who", "item_id": "sku"}
-    if order == "event_time":
-        table, columns["event_time"] = table.rename({order: "when"}), "when"
+    table = pl.DataFrame({"who": ["a", "a", "b"], "sku": ["x", "y", "x"], "when": [2, 1, 1]})
+    columns = {"user_id": "who", "item_id": "sku", order: "when"}
     path = written(table, tmp_path / "x.parquet")
     with pytest.raises(SettingsError, match="map one with --column user_id=NAME"):
         read_sequences(path, seed=0)
     found = read_sequences(path, seed=0, columns=columns)
     assert found.clock == (order == "event_time")
+    assert not read_sequences(path, seed=0, columns=columns | {"event_time": "when", "position": "when"}).clock
     assert found.sequences.items.tolist() == [1, 0, 0]
 
 

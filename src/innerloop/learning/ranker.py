@@ -22,7 +22,7 @@ from innerloop.learning.candidates import FEATURES, PLAIN, Candidates
 _HIDDEN = 32
 _NEGATIVES = 96
 _BATCH = 8, 32  # lessons in a step, at least and at most
-_STEPS = 64  # in an epoch, where there are lessons enough
+_STEPS = 64  # in an epoch, about; more where the lessons are more than so many of the largest steps
 _RATE = 3e-3
 _PATIENCE = 3
 _FAR = 10.0  # standard deviations: a value that was rare while learning must not outweigh all others
@@ -164,7 +164,7 @@ def _held_out(lessons: Lesson) -> int:
 
 
 def learn_ranker(
-    lessons: Lesson, *, epochs: int = 12, seed: int = 0, tell: Callable[[str, float], None] = lambda _w, _s: None
+    lessons: Lesson, *, epochs: int = 20, seed: int = 0, tell: Callable[[str, float], None] = lambda _w, _s: None
 ) -> Ranker:
     """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs at least 20 moments.
 
@@ -194,7 +194,7 @@ def learn_ranker(
         if patience == _PATIENCE:
             break
         for group in optimiser.param_groups:
-            group["lr"] *= 0.8
+            group["lr"] *= 0.87
     ranker = Ranker.restore(state)
     ranker.network.requires_grad_(requires_grad=False)
     return ranker

@@ -15,7 +15,7 @@
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -231,7 +231,7 @@ class _Lesson:
         rows = self._held_out_clicks(whole, int(early["event_time"][-1]))
         tuning, test = rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
-        names = self.categories
+        names = _categories(self.told)  # of what this part hasn't met a service knows what events name, no more
 
         def vectors_of(half_life: float) -> Tensor:
             counted = with_popularity(encoder, log, half_life)
@@ -301,7 +301,8 @@ class _Lesson:
 
     def rank(self, early: Release, tell: Progress) -> tuple[Ranker | None, dict[str, float]]:
         """Teach the ranker on a sample of the events after `early`, and measure it on the newest; None if too few."""
-        log = stream_of(as_served(self.history, self.told, early.item_ids), seed=self.settings.seed)
+        # What only the catalogue says of an item that is new to `early` a service learns with the next release.
+        log = stream_of(self.told, seed=self.settings.seed)
         weights = kind_weights(self.weights)
         rows = np.flatnonzero((log.times > early.card.data.last_event_time) & (weights[log.kinds] > 0))
         if len(rows) < _LEAST_MOMENTS:
@@ -447,19 +448,6 @@ def with_categories(events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
         pl.when(nameless).then("of_table").otherwise("category").alias("category")
     )
     return filled.drop("of_table")
-
-
-def as_served(history: pl.DataFrame, told: pl.DataFrame, known: Sequence[str]) -> pl.DataFrame:
-    """The categories of `history` for the items `known` to a release; of others what their own events `told`.
-
-    A service learns with the next release what only the catalogue says of an item: a lesson must not know it earlier.
-    """
-    if "category" not in history.columns:
-        return history
-    named = pl.lit(None, pl.String) if "category" not in told.columns else told["category"]
-    return history.with_columns(
-        pl.when(pl.col("item_id").is_in(known)).then("category").otherwise(named).alias("category")
-    )
 
 
 def _categories(events: pl.DataFrame) -> dict[str, str]:

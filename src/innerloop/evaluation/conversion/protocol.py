@@ -53,6 +53,8 @@ from innerloop.learning.ads.click_log import (
 )
 
 SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 1 << 62)}
+_WHOSE = ("default", "placebo", "stale-1h", "stale-1d")
+"""The arms that differ only in whose events are looked at, and how old they are."""
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
 _LEAST = 1e-7
@@ -99,8 +101,10 @@ def run(
     logits |= head_logits(clicks, fitted.head, heads, case.asked)
     predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
     tell("as served", 0.75)
-    published = _served(case, seed)
-    predictions |= published
+    if published := _served(case, seed):
+        for arm in _WHOSE:  # of another model: where nobody can be asked about there is none
+            predictions.pop(arm, None)
+    predictions = published | predictions
     tell("baselines", 0.8)
     predictions |= _baselines(case)
     return _outcome(case, fitted, predictions, own, served=bool(published))
@@ -282,7 +286,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "calibration": "Platt's scaling, again every day, on clicks that had matured; what is served has its own",
             "trained once, on the training part": "all but what is served; rates, counts and `logistic` go on by click",
             "clicks whose window the data ends in": int(
-                (case.log.times[case.at] + case.window > case.log.times[-1]).sum()
+                (log.times[case.at[judged]] + case.window > log.times[-1]).sum()
             ),
             "trained_on": len(case.train),
             "trained_on_sold": int(trained.sum()),

@@ -124,7 +124,7 @@ class SequenceFile:
 
 
 def read_sequences(data: Path, *, seed: int, columns: Mapping[str, str] | None = None) -> SequenceFile:
-    """Read a file, or all such files of a folder as one; `columns` as for `read_events`.
+    """Read a file, or all such files of a folder as one; `columns` as for `read_events`, and for the position.
 
     Raises SettingsError when there is no such file, a column is missing or empty, or nobody has two items.
     """
@@ -152,11 +152,14 @@ def _files(data: Path) -> list[Path]:
 def _table(data: Path, mapped: Mapping[str, str]) -> tuple[pl.DataFrame, bool]:
     """All events with users numbered 0, 1, .., sorted by row of the files, and whether they have a clock."""
     found = {path: _columns(path) for path in _files(data)}
-    clocks = {mapped["event_time"].lower()} if "event_time" in mapped else set(TIMES)
-    clock = all(clocks & columns.keys() for columns in found.values() if columns)
-    if not clock and any(clocks & columns.keys() and "position" not in columns for columns in found.values()):
+    position = mapped.get("position", "position").lower()
+    times = {mapped["event_time"].lower()} if "event_time" in mapped else set(TIMES)
+    times -= {position}
+    clock = all(times & columns.keys() for columns in found.values() if columns)
+    if not clock and any(times & columns.keys() and position not in columns for columns in found.values()):
         raise SettingsError(f"{data} has files with times and files without: give all of them times, or positions.")
-    events = pl.concat([_read(path, columns.get("position"), mapped, clock=clock) for path, columns in found.items()])
+    others = {ours: theirs for ours, theirs in mapped.items() if ours != "position"}
+    events = pl.concat([_read(path, columns.get(position), others, clock=clock) for path, columns in found.items()])
     if not events.height:
         raise SettingsError(f"{data} is empty: name a file with user_id, position and item_id.")
     return events.with_columns((pl.col("user_id").rank("dense").cast(pl.Int64) - 1).alias("user")), clock
@@ -172,7 +175,7 @@ def _read(path: Path, position: str | None, mapped: Mapping[str, str], *, clock:
     else:
         # An event table has no place for it: it travels as the value, a number that no sequence needs.
         events = read_actions(path, columns={**mapped, "value": position}).rename({"value": "position"})
-        if empty := events["position"].null_count():
+        if empty := int((~events["position"].is_finite().fill_null(value=False)).sum()):
             raise SettingsError(f"{path} has {empty} rows without a usable position: remove them or that column.")
     if "category" not in events.columns:
         events = events.with_columns(category=pl.lit(None, pl.String))

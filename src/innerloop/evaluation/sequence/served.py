@@ -1,8 +1,8 @@
 """What adapt would publish after each user's history: a release trained on all histories, and its scorer.
 
-Sequences have an order and no clock, so one is made up: a user's items are five minutes apart, which makes a history
-one visit, and all histories end within the same five minutes, each at a moment of its own. Then what is held out while
-training are the newest items of every user, as it is in what is asked.
+Sequences have an order and perhaps no clock, so one is made up, whatever the file has: a user's items are five minutes
+apart, which makes a history one visit, and all histories end within the same five minutes, each at a moment of its own.
+Then what is held out while training are the newest items of every user, as it is in what is asked.
 """
 
 from dataclasses import dataclass

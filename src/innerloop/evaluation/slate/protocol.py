@@ -10,7 +10,7 @@ fitted again whenever the lists learned from have grown by a quarter. Arms:
     placebo            actions and lists of another user, where somebody else was there before
     stale-1h, -1d      actions and lists as known an hour, a day earlier
     last-interacted    the item last acted on in the session first, then as shown
-    recents            all items that the user has acted on first, the newest before the others, then as shown
+    recents            the items of the user's newest 64 actions first, newest before others, then as shown
     shown-order, popularity (halved every six hours), popularity-1h, price-rank (cheapest first), item-knn (like the
                        session's recent items), and of the stream protocol vsknn, ials, sasrec; ties as shown
 """
@@ -106,7 +106,7 @@ class _Course:
     asked: frozenset[int]
     seed: int
     scored: list[_Scored] = field(default_factory=list)
-    ranks: dict[str, list[int]] = field(default_factory=dict)
+    ranks: dict[str, list[float]] = field(default_factory=dict)
     heads: HeadArms | None = None
 
     def __post_init__(self) -> None:
@@ -128,10 +128,15 @@ class _Course:
             self._judge_heads(self.heads)
 
     def judge(self, arm: str, scores: Iterable[Floats]) -> None:
-        """Take the arm's scores of the next choices that it has not been judged by."""
+        """Take the arm's scores of the next choices that it has not been judged by: NaN alone is no answer.
+
+        An item that an arm which answers has no number for is its last, tied with all such.
+        """
         mine = self.ranks.setdefault(arm, [])
         for score in scores:
-            mine.append(int(pessimistic_ranks(score[None, :], np.array([self.scored[len(mine)].chosen]))[0]))
+            asked = arm != "placebo" or not np.isnan(score).all()
+            known, chosen = np.nan_to_num(score, nan=-np.inf), np.array([self.scored[len(mine)].chosen])
+            mine.append(float(pessimistic_ranks(known[None, :], chosen)[0]) if asked else np.nan)
 
     def _learn(self, waiting: list[tuple[Choice, Features]]) -> None:
         for choice, known in waiting:
@@ -273,8 +278,7 @@ _BASELINES = frozenset(
 def _outcome(log: SlateLog, course: _Course, facts: dict[str, object]) -> Outcome:
     scored, learner = course.scored, course.learner
     sizes = np.array([len(one.shown) for one in scored])
-    # A score that is none gave the rank 0: that arm was not asked.
-    ranks = {arm: np.array([rank or np.nan for rank in found]) for arm, found in course.ranks.items()}
+    ranks = {arm: np.array(found) for arm, found in course.ranks.items()}
     return Outcome(
         users=np.array([one.user for one in scored], np.int64),
         baselines=_BASELINES,
