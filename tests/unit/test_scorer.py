@@ -345,6 +345,18 @@ def test_lessons_are_of_the_moments_candidates_with_a_visits_weight(release: Rel
     }
 
 
+def test_some_lessons_are_of_users_of_whom_nothing_is_known(release: Release, log: StreamLog) -> None:
+    """Newcomers and the hold-out are ranked by the same network: it must have met a moment without examples."""
+    rows = np.arange(1_500, 2_200)
+    rows = rows[log.before(rows, CAPACITY)[1].any(1)]
+    taught = lessons(Scorer(release, CPU), log, rows, KIND_WEIGHTS, CAPACITY, np.random.default_rng(0))
+    real = taught.offset > -torch.inf
+    of_nobody = torch.where(real, taught.features[..., FEATURES.index("log_size")], 0.0).amax(1) == 0
+    assert 0 < int(of_nobody.sum()) < 0.2 * len(taught)
+    own = [at for at, name in enumerate(FEATURES) if name.startswith("own_")]
+    assert not taught.features[of_nobody][:, :, own].any()
+
+
 def test_what_nobody_had_met_is_no_lesson(release: Release, history: pl.DataFrame) -> None:
     """Where each event is of a new item, learned of by the next list: a candidate that no list could have had."""
     renamed = pl.col("item_id") + "-" + pl.int_range(pl.len()).cast(pl.String)

@@ -17,6 +17,9 @@ without the co-visits of the visit that is going on, and a shop's next purchase 
 _NEXT_VISIT = 0.2
 """How much a moment says whose list was made in an earlier visit: by then others have changed what is likely."""
 
+_UNKNOWN = 0.05
+"""So many moments are taught as if nothing were known of their user, for newcomers and the hold-out have lists too."""
+
 
 class Replay:
     """A scorer that is shown a log in order of time, items as they appear: to it, the past is live."""
@@ -75,6 +78,7 @@ def lessons(  # noqa: PLR0917 - what a pass over the past needs
     for upto, some in log.lists(rows, _BLOCK_SECONDS):
         replay.show(upto)
         support, _ = log.before(rows[some], capacity)
+        support[rng.random(len(support)) < _UNKNOWN] = -1
         replay.meet_support(support)
         sets = log.sets(support, weights)
         with torch.inference_mode():
