@@ -8,7 +8,8 @@ x:
 
 x is 1 for the item's category, 1 for its price bucket, and 1 / sqrt(n) for each hash bucket of the n words and
 neighbouring pairs of its text (see `item_encoder.ContentCode`). A fifth of the items chooses the ridge, and another
-fifth says whether content foretells more than the mean of the item's category does; if not, training leaves it out.
+fifth says whether content foretells more than the mean of the category that its events name; if not, training leaves it
+out.
 """
 
 import hashlib
@@ -108,12 +109,16 @@ class Worth(NamedTuple):
     """Whether content foretells more of them, beyond chance."""
 
 
-def with_described(encoder: Encoder, described: Described, *, most: int, seed: int = 0) -> tuple[Encoder, Worth | None]:
+def with_described(
+    encoder: Encoder, described: Described, *, most: int, seed: int = 0, told: Mapping[str, str] | None = None
+) -> tuple[Encoder, Worth | None]:
     """The encoder with a taste for `most` described items that aren't in its table, and what that is worth.
 
+    It is worth what it foretells beyond the categories that events have `told` of items (all of the encoder's without
+    it): of an item that nobody has met, a service knows no other.
     The encoder as it was, and None, when too few of its items are described to learn from.
     """
-    lesson = _Lesson.of(encoder, described)
+    lesson = _Lesson.of(encoder, described, told)
     if len(lesson.taste) < _LEAST_ITEMS:
         return encoder, None
     part = np.random.default_rng(seed).permutation(len(lesson.taste)) % _PARTS
@@ -146,12 +151,17 @@ class _Lesson:
     categories: Tensor  # [M] int64, -1 for none
 
     @classmethod
-    def of(cls, encoder: Encoder, described: Described) -> "_Lesson":
+    def of(cls, encoder: Encoder, described: Described, told: Mapping[str, str] | None) -> "_Lesson":
         taste = encoder.vectors[:, :-FIXED]
         # An item that was never met with another has none: zeros, from which there is nothing to learn.
         rows = np.flatnonzero(described.knows(encoder.item_ids) & taste.any(1).numpy()).tolist()
-        content = described.content_of([encoder.item_ids[row] for row in rows])
-        return cls(_features(content, described.code), taste[rows].numpy(), encoder.item_categories[rows])
+        items = [encoder.item_ids[row] for row in rows]
+        categories = (
+            encoder.item_categories[rows]
+            if told is None
+            else encoder.category_rows_of([told.get(item) for item in items])
+        )
+        return cls(_features(described.content_of(items), described.code), taste[rows].numpy(), categories)
 
     def left(self, weights: NDArray[np.float64], some: NDArray[np.bool_]) -> NDArray[np.float64]:
         """The squares [m] of some items' taste that the weights leave unexplained."""

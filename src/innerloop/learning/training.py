@@ -204,7 +204,8 @@ class _Lesson:
 
     def described_by(self, encoder: Encoder) -> tuple[Encoder, Worth | None]:
         most = self.settings.described_items
-        return with_described(encoder, self.described, most=most, seed=self.settings.seed)
+        told = _categories(self.told)
+        return with_described(encoder, self.described, most=most, seed=self.settings.seed, told=told)
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
