@@ -24,9 +24,10 @@ from innerloop.worker.train_items import items_on_topic
 
 
 @pytest.fixture
-def told(settings: Settings) -> Settings:
+def told(settings: Settings, tmp_path: Path) -> Settings:
     ensure_topics(settings, {"items": catalogue()["items"]})
-    return settings
+    learning = settings.learning.model_copy(update={"releases_dir": tmp_path / "releases"})
+    return settings.model_copy(update={"learning": learning})
 
 
 def bounded(settings: Settings, most: int) -> Settings:
