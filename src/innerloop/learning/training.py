@@ -192,8 +192,8 @@ class _Lesson:
         self.told, self.settings, self.weights, self.capacity = history, settings, weights, capacity
         self.random = torch.Generator().manual_seed(settings.seed)
         self.history = history if items is None else with_categories(history, items)
-        self.categories = _categories(self.history)
-        self.described = Described.none() if items is None else Described.of(items, self.categories)
+        self.named = _categories(history)  # by events: of an item that a release hasn't met a service knows no more
+        self.described = Described.none() if items is None else Described.of(items, self.named)
 
     def log_of(self, events: pl.DataFrame, item_ids: list[str] | None = None) -> Log:
         return log_of(events, self.weights, item_ids or events["item_id"].unique().sort().to_list())
@@ -204,8 +204,7 @@ class _Lesson:
 
     def described_by(self, encoder: Encoder) -> tuple[Encoder, Worth | None]:
         most = self.settings.described_items
-        told = _categories(self.told)
-        return with_described(encoder, self.described, most=most, seed=self.settings.seed, told=told)
+        return with_described(encoder, self.described, most=most, seed=self.settings.seed, told=self.named)
 
     def teach(self, log: Log, vectors: Tensor, choice: Choice, tasks: int) -> Head:
         """Learn the head whose prior the newest support sets of at most `tasks` tasks teach."""
@@ -232,7 +231,7 @@ class _Lesson:
         rows = self._held_out_clicks(whole, int(early["event_time"][-1]))
         tuning, test = rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
-        names = _categories(self.told)  # of what this part hasn't met a service knows what events name, no more
+        names = self.named
 
         def vectors_of(half_life: float) -> Tensor:
             counted = with_popularity(encoder, log, half_life)

@@ -53,8 +53,6 @@ from innerloop.learning.ads.click_log import (
 )
 
 SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 1 << 62)}
-_WHOSE = ("default", "placebo", "stale-1h", "stale-1d")
-"""The arms that differ only in whose events are looked at, and how old they are."""
 _FEWEST = 50
 _MOST = 300_000  # newest clicks that train
 _LEAST = 1e-7
@@ -93,18 +91,17 @@ def run(
     )
     tell("fitting", 0.4)
     fitted = _fit(case, everybody, own, seed)
-    tell("scoring", 0.6)
-    logits = _live(case, fitted, everybody, own, seed)
-    tell("heads", 0.65)
+    tell("as served", 0.6)
+    published = _served(case, seed)
+    tell("scoring", 0.65)
+    asked = _asked_of(case, case.at, seed)
+    # What is served has controls of its own: of `live` they are asked for only where it stands in.
+    logits = _live(case, fitted, everybody, own, {"default": asked["default"]} if published else asked)
+    tell("heads", 0.7)
     clicks = Clicks(log, case.histories, torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
     heads = teach(clicks, case.train, case.labels[case.train], seed=seed)
     logits |= head_logits(clicks, fitted.head, heads, case.asked)
-    predictions = {arm: _calibrated(case, given) for arm, given in logits.items()}
-    tell("as served", 0.75)
-    if published := _served(case, seed):
-        for arm in _WHOSE:  # of another model: where nobody can be asked about there is none
-            predictions.pop(arm, None)
-    predictions = published | predictions
+    predictions = {arm: _calibrated(case, given) for arm, given in logits.items()} | published
     tell("baselines", 0.8)
     predictions |= _baselines(case)
     return _outcome(case, fitted, predictions, own, served=bool(published))
@@ -178,7 +175,10 @@ def _fit(case: _Case, everybody: Population, own: Floats, seed: int) -> _Fitted:
     return _Fitted(head, np.log(alone / (1 - alone)), dict(zip(VARIANCES, losses, strict=False)))
 
 
-def _asked_of(case: _Case, at: Ints, seed: int) -> dict[str, tuple[Ints, int]]:
+_Asked = dict[str, tuple[Ints, int]]
+
+
+def _asked_of(case: _Case, at: Ints, seed: int) -> _Asked:
     """For each arm whose events are looked at [M], and how much older (ms) they are than the clicks `at` [M]."""
     users = case.log.users[at]
     asked = {"default": (users, 0), "stale-1h": (users, HOUR), "stale-1d": (users, DAY)}
@@ -187,14 +187,14 @@ def _asked_of(case: _Case, at: Ints, seed: int) -> dict[str, tuple[Ints, int]]:
     return asked
 
 
-def _live(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, seed: int) -> dict[str, Floats]:
-    """Logits of the clicks asked about: `live`, and as the arms that it stands in for where nothing is served."""
+def _live(case: _Case, fitted: _Fitted, everybody: Population, own: Floats, whose: _Asked) -> dict[str, Floats]:
+    """Logits of the clicks asked about: `live`, and as the arms of `_asked_of` that it stands in for."""
     log, at = case.log, case.at
     support = fitted.head.own_features(torch.from_numpy(np.concatenate([own, everybody.columns], 1)))
     rate, columns = everybody.rate[case.asked], everybody.columns[case.asked]
     found = {}
-    for arm, (whose, lag) in _asked_of(case, at, seed).items():
-        windows = case.histories.before(whose, log.times[at] - lag)
+    for arm, (users, lag) in whose.items():
+        windows = case.histories.before(users, log.times[at] - lag)
         mine = own[case.asked] if arm == "default" else own_columns(log, at, windows, rate, lag=lag)
         asked = fitted.head.own_features(torch.from_numpy(np.concatenate([mine, columns], 1)))
         found[arm] = adapted(log, fitted.head, support, rows_of(log, log.clicks), windows, asked)
