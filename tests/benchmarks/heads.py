@@ -32,6 +32,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from gpu import copied_per_second, gpu_name, products_per_second
 from machine import CONSOLE, Report, describe, options
 from peer_environment import PEERS, PeerError, environment
 from score import add_options as add_scoring_options
@@ -64,7 +65,7 @@ def main() -> int:
     """Measure, verify, report."""
     asked = _options()
     use_threads(asked.threads)
-    report = Report({**describe("-", "-"), "threads": torch.get_num_threads(), "cuda": _cuda()})
+    report = Report({**describe("-", "-"), "threads": torch.get_num_threads(), "cuda": gpu_name()})
     support, heads = random_support(max(asked.users), asked.examples, asked.dimension), random_heads(asked.dimension)
     with torch.inference_mode():
         for users in asked.users:
@@ -92,10 +93,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-peer", action="store_true", help="leave learn2learn out")
     add_scoring_options(parser)
     return parser.parse_args()
-
-
-def _cuda() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "not run: none here"
 
 
 def random_support(users: int, examples: int, dimension: int) -> Support:
@@ -230,7 +227,7 @@ def _measure_on(
 
     The peer is measured on the same device.
     """
-    bandwidth, products = _copied_per_second(device), _products_per_second(device)
+    bandwidth, products = copied_per_second(device), products_per_second(device)
     report.add(f"heads.{device}.bandwidth", bandwidth / 1e9, "GB/s", "copy of 1 GiB, read and written")
     report.add(f"heads.{device}.float32", products / 1e12, "TFLOP/s", "product of 8,192 x 8,192 without TF32")
     for users in asked.users:
@@ -254,19 +251,6 @@ def _moved(head: Head, device: str) -> Head:
     from innerloop.learning.heads import RESTORE  # noqa: PLC0415
 
     return RESTORE[head.name]({name: value.to(device) for name, value in head.state().items()})
-
-
-def _copied_per_second(device: str) -> float:
-    source = torch.empty(2**28, device=device)
-    target = torch.empty_like(source)
-    rates = measure(lambda: target.copy_(source), 1, 9)
-    return 2 * source.numel() * source.element_size() * median(rates)
-
-
-def _products_per_second(device: str) -> float:
-    side = 8_192
-    matrix = torch.randn(side, side, device=device)
-    return 2 * side**3 * median(measure(lambda: matrix @ matrix, 1, 9))
 
 
 def _bytes(head: Head, support: Support) -> float:

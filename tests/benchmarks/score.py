@@ -1,4 +1,4 @@
-"""Scoring: the best 50 items of a large catalogue, over all of it and by the index, users a second on the CPU.
+"""Scoring: the best 50 items of a large catalogue, over all of it and by the index, users a second.
 
     tests/bench.sh score [--items 50000 1000000] [--threads 1] [--json FILE]     (`tests/bench.sh heads` runs it too)
 
@@ -14,6 +14,8 @@ score.<way>.<items>.single     one user at a time, milliseconds, median of 50
 score.index.<items>.recall     share of the exact 50 best that the index finds, by place; how many lists it looks at
 score.index.<items>.build      seconds to build and measure it, in the background, on one core
 score.index.<items>.bytes      per item, besides the vectors
+score.exact.<items>.cuda       on a GPU, where there is one and the search is always exact; `.of_floor` is the share of
+                               the time that the multiply-adds take at least, at the rate of a large float32 product
 
 Verified: every score of the index is that of the exact product to 1e-4.
 """
@@ -26,6 +28,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from gpu import gpu_name, products_per_second
 from machine import Report, describe, options
 from torch import Tensor
 
@@ -41,7 +44,9 @@ def main() -> int:
     """Measure, verify, report."""
     asked = _options()
     use_threads(asked.threads)
-    report = Report({**describe("-", "-"), "threads": torch.get_num_threads(), "noise": asked.noise})
+    report = Report(
+        {**describe("-", "-"), "threads": torch.get_num_threads(), "cuda": gpu_name(), "noise": asked.noise}
+    )
     with torch.inference_mode():
         measure_scoring(report, asked)
     return report.finish(asked.json)
@@ -74,6 +79,8 @@ def _measure(report: Report, items: int, asked: argparse.Namespace) -> None:
     best = exact.best(head, mine, vectors, _TOP)[0]
     alike = f"two users' lists share {_overlap(best[1:], best[:-1]):.0%}"
     _speed(report, f"score.exact.{items}", lambda some: exact.best(head, some, vectors, _TOP), mine, asked.repeats)
+    if torch.cuda.is_available():
+        _measure_on_gpu(report, head, vectors, mine, asked.repeats)
     began = time.perf_counter()
     search.best(head, others, vectors, 1)
     search.wait().best(head, others[:1], vectors, _TOP)
@@ -93,11 +100,30 @@ def _measure(report: Report, items: int, asked: argparse.Namespace) -> None:
     report.add(f"{row}.bytes", search.index.bytes_per_item, "bytes an item")
 
 
-def _speed(report: Report, row: str, run: Callable[[Tensor], object], tasks: Tensor, repeats: int) -> None:
-    times = [_seconds(run, tasks) for _ in range(repeats + 1)][1:]
-    report.add_median(row, [len(tasks) / seconds for seconds in times], "users/s")
+def _measure_on_gpu(report: Report, head: Head, vectors: Tensor, tasks: Tensor, repeats: int) -> None:
+    """The search on a GPU, which is always exact, and whose scores have to be those of the CPU."""
+    device = "cuda"
+    search, there, row = ItemSearch(0), vectors.to(device), f"score.exact.{len(vectors)}.{device}"
+    expected = ItemSearch().best(head, tasks, vectors, _TOP)[1]
+
+    def run(some: Tensor) -> Tensor:
+        scores = search.best(head, some, there, _TOP)[1]
+        torch.cuda.synchronize()
+        return scores
+
+    if float((run(tasks.to(device)).cpu() - expected).abs().max()) > _TOLERANCE:
+        raise SystemExit(f"{row}: its scores are not those of the CPU.")
+    rate, floor = _speed(report, row, run, tasks.to(device), repeats), 2 * vectors.numel() / products_per_second(device)
+    report.add(f"{row}.of_floor", floor * rate, "of the floor's speed", f"floor {floor * 1e6:.3f} us a user")
+
+
+def _speed(report: Report, row: str, run: Callable[[Tensor], object], tasks: Tensor, repeats: int) -> float:
+    """Tasks per second, as reported."""
+    rates = [len(tasks) / _seconds(run, tasks) for _ in range(repeats + 1)][1:]
+    report.add_median(row, rates, "users/s")
     alone = [_seconds(run, tasks[user : user + 1]) for user in range(_SINGLE)]
     report.add(f"{row}.single", 1_000.0 * median(alone), "ms")
+    return median(rates)
 
 
 def _seconds(run: Callable[[Tensor], object], tasks: Tensor) -> float:

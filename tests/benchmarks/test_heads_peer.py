@@ -49,8 +49,8 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Hea
     (tmp_path / "learn2learn.py").write_text(_STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(heads, "environment", lambda _peer: Path(sys.executable))
-    monkeypatch.setattr(heads, "_copied_per_second", lambda _device: 1e9)
-    monkeypatch.setattr(heads, "_products_per_second", lambda _device: 1e9)
+    monkeypatch.setattr(heads, "copied_per_second", lambda _device: 1e9)
+    monkeypatch.setattr(heads, "products_per_second", lambda _device: 1e9)
     return heads.random_heads(8), heads.random_support(6, 5, 8)
 
 

@@ -9,7 +9,7 @@ from innerloop.learning.ranking import top_k
 def test_top_k_is_what_sorting_everything_gives(
     tasks: int, items: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "_SCORES", 4 * items)  # several chunks, the last one short
+    monkeypatch.setitem(ranking._SCORES, "cpu", 4 * items)  # several chunks, the last one short
     g = torch.Generator().manual_seed(0)
     w, v = torch.randn(tasks, 6, generator=g), torch.randn(items, 6, generator=g)
     indices, scores = top_k(w, v, k)

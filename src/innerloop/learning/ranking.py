@@ -6,8 +6,10 @@ from torch import Tensor
 from innerloop.learning.heads import Head
 
 _HIDDEN = 32  # numbers that a small network holds for each item and task
-_GATHERED = 2_048  # vectors gathered at once
-_SCORES = 4_000_000  # held at once: 16 MB; fewer reads the item vectors more often, more leaves the cache
+# Held at once. On a CPU 16 MB of scores: fewer would read the item vectors more often, more would leave the cache. On a
+# GPU a gibibyte of each, scores and vectors of d = 64: what it is asked for again and again is what it waits for.
+_SCORES = {"cpu": 4_000_000, "cuda": 1 << 28}
+_GATHERED = {"cpu": 2_048, "cuda": 1 << 22}
 
 
 def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -20,7 +22,7 @@ def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None =
     gained nothing (50 of 10 thousand items, 1024 tasks, one thread: 63 ms against 51, of which the product is 20).
     """
     k = min(k, len(vectors))
-    chunk = max(1, _SCORES // max(1, len(vectors)))
+    chunk = max(1, _SCORES[vectors.device.type] // max(1, len(vectors)))
     indices = torch.empty(len(parameters), k, dtype=torch.int64, device=parameters.device)
     values = parameters.new_empty(len(parameters), k)
     for first in range(0, len(parameters), chunk):
@@ -40,7 +42,7 @@ def best_by(
         return top_k(parameters, vectors, k, excluded)
     k = min(k, len(vectors))
     indices, values = [], []
-    chunk = max(1, _SCORES // (_HIDDEN * max(1, len(vectors))))
+    chunk = max(1, _SCORES[vectors.device.type] // (_HIDDEN * max(1, len(vectors))))
     for first in range(0, len(parameters), chunk):
         scores = head.score(parameters[first : first + chunk], vectors)
         if excluded is not None:
@@ -56,11 +58,12 @@ def scores_of(
 ) -> tuple[Tensor, Tensor]:
     """The scores [M] of vectors [N, d] at `places` [M], by parameters [T, d] of tasks `rows` [M] and by a prior [d].
 
-    Some at a time: what is gathered stays in the cache. Without a prior the second is zeros.
+    Some at a time: on a CPU what is gathered stays in the cache. Without a prior the second is zeros.
     """
     scores, unadapted = parameters.new_empty(len(rows)), parameters.new_zeros(len(rows))
-    for first in range(0, len(rows), _GATHERED):
-        some = slice(first, first + _GATHERED)
+    at_once = _GATHERED[vectors.device.type]
+    for first in range(0, len(rows), at_once):
+        some = slice(first, first + at_once)
         gathered = vectors[places[some]]
         scores[some] = torch.linalg.vecdot(gathered, parameters[rows[some]])
         if prior is not None:
