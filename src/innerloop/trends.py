@@ -157,14 +157,18 @@ class CoVisits:
         self._add(np.concatenate([there, here]), np.concatenate([here, there]), np.concatenate([forward, backward]))
 
     def of(self, items: Ints) -> tuple[NDArray[np.int32], Floats]:
-        """Neighbours [.., K] of `items` [..], -1 for none, and their weights as shares of the item's row [.., K, 4]."""
+        """Neighbours [.., K] of `items` [..], -1 for none, and the weights of those that there are, row by row, [N, 4].
+
+        A weight is told as its share of all weights of its item's row.
+        """
         known = (items >= 0) & (items < len(self._row_of))
         rows = np.where(known, self._row_of[np.where(known, items, 0)], -1)
         found = np.where((rows >= 0)[..., None], self._neighbours[rows], -1)
-        sums = self._sums[rows] * (found >= 0)[..., None]
-        totals = sums.sum(-2, keepdims=True)
-        shares: Floats = sums / np.maximum(totals, np.float32(1e-30))
-        return found, shares
+        item, column = np.nonzero(found.reshape(-1, NEIGHBOURS) >= 0)
+        sums: Floats = self._sums[rows.reshape(-1)[item], column]
+        begins = np.flatnonzero(np.diff(item, prepend=-1))
+        totals = np.maximum(np.add.reduceat(sums, begins) if len(begins) else sums, np.float32(1e-30))
+        return found, sums / np.repeat(totals, np.diff(begins, append=len(item)), 0)
 
     def _add(self, left: Ints, right: Ints, weights: NDArray[np.float64]) -> None:
         """Add `weights` [P, 4] to the pairs left -> right, each pair once."""

@@ -95,7 +95,7 @@ def pairs(events: list[Plain]) -> dict[int, dict[int, list[float]]]:
 
 def neighbours(trends: Trends, item: int) -> dict[int, list[float]]:
     found, weights = trends.co_visits.of(np.array([item]))
-    return {int(n): weights[0, at].tolist() for at, n in enumerate(found[0]) if n >= 0}
+    return dict(zip(found[found >= 0].tolist(), weights.tolist(), strict=True))
 
 
 cuts = st.lists(st.integers(0, 100), max_size=6)

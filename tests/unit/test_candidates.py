@@ -95,7 +95,7 @@ def _category(case: Case, place: int) -> int:
 
 def _near(case: Case, place: int) -> dict[int, list[float]]:
     found, weights = case.trends.co_visits.of(np.array([place]))
-    return {int(n): weights[0, at].tolist() for at, n in enumerate(found[0]) if n >= 0}
+    return dict(zip(found[found >= 0].tolist(), weights.tolist(), strict=True))
 
 
 def _expected_places(case: Case, task: int) -> list[int]:

@@ -146,8 +146,17 @@ def test_padding_teaches_nothing() -> None:
         plain.weights,
     )
     learned, same = learn_ranker(plain, epochs=1), learn_ranker(wide, epochs=1)
-    for name, value in learned.state().items():  # but for what rounding grows to over the steps
-        torch.testing.assert_close(same.state()[name], value, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(same.mean, learned.mean)
+    torch.testing.assert_close(same.scale, learned.scale)
+    for one, other in zip(_gradients(learned, plain), _gradients(learned, wide), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    # Rounding grows with the steps, and by how much is the processor's: what was learned is the same, not each number.
+    torch.testing.assert_close(plain.loss(same), plain.loss(learned), rtol=1e-2, atol=1e-3)
+
+
+def _gradients(ranker: Ranker, lessons: Lesson) -> tuple[torch.Tensor, ...]:
+    weights = list(ranker.network.requires_grad_().parameters())
+    return torch.autograd.grad(lessons.loss(ranker), weights)
 
 
 def test_what_never_moved_while_learning_says_nothing_later() -> None:

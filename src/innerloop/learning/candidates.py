@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from innerloop.events import CODES
 from innerloop.support import SupportSets, ranges
-from innerloop.trends import HALF_LIVES, CoVisits, Trends
+from innerloop.trends import HALF_LIVES, CoVisits, Popularity, Trends
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -143,7 +143,7 @@ def gather(  # noqa: PLR0917 - everything that candidates come from
     `liked` [T, K] are those the head likes best, `foreseen` [T, L] those of a sequence model, some perhaps twice. The
     features that they have to fill in (`head`, `head_lift`, `sequence`, `followers`, `followers_share`) are left at 0.
     """
-    near, shares = pool.trends.co_visits.of(recent.places[:, :NEAR])  # [T, L, K], [T, L, K, 4]
+    near, shares = pool.trends.co_visits.of(recent.places[:, :NEAR])  # [T, L, K] and, of those that are there, [N, 4]
     tasks = len(now)
     sources: list[NDArray[np.integer]] = [
         recent.places,
@@ -159,7 +159,7 @@ def gather(  # noqa: PLR0917 - everything that candidates come from
     own = inverse[: int((recent.places >= 0).sum())]
     met = inverse[len(own) : len(own) + int((near >= 0).sum())]
     columns = [
-        *np.log(pool.trends.popularity.shares(places) + _EPSILON).T,
+        *_log_shares(pool.trends.popularity, places, count),
         np.log1p(np.minimum(pool.trends.popularity.ages(places, now[task]), 3e7) / 60.0),
         *_near_features(near, shares, met, len(keys)),
         *_own_features(recent, now, own, len(keys)),
@@ -169,14 +169,27 @@ def gather(  # noqa: PLR0917 - everything that candidates come from
         np.log1p((recent.places >= 0).sum(1))[task],
         _gap(recent)[task],
     ]
-    features = np.zeros((len(keys), len(FEATURES)), np.float32)
+    # One column after the other lies in memory: rows of them would be written a number at a time, all over the table.
+    features = np.zeros((len(FEATURES), len(keys)), np.float32)
     for number, column in enumerate(columns):
-        features[:, number] = column
+        features[number] = column
     if foreseen is not None:
-        features[:, _FORESEEN_ONLY] = 1.0
-        features[inverse[: len(inverse) - int((foreseen >= 0).sum())], _FORESEEN_ONLY] = 0.0
+        features[_FORESEEN_ONLY] = 1.0
+        features[_FORESEEN_ONLY, inverse[: len(inverse) - int((foreseen >= 0).sum())]] = 0.0
     starts = np.searchsorted(task, np.arange(tasks + 1))
-    return Candidates(starts, places, features)
+    return Candidates(starts, places, features.T)
+
+
+def _log_shares(popularity: Popularity, places: Ints, count: int) -> Floats:
+    """Logarithms of the shares of places [M] among `count`, [H, M]; once for each place where many ask for it."""
+    if len(places) <= count:
+        return _logarithms(popularity.shares(places))
+    return _logarithms(popularity.shares(np.arange(count)))[:, places]
+
+
+def _logarithms(shares: Floats) -> Floats:
+    found: Floats = np.log(shares.T + np.float32(_EPSILON))
+    return found
 
 
 def _gap(recent: Recent) -> NDArray[np.float64]:
@@ -207,32 +220,40 @@ def _in_category(recent: Recent, pool: Pool) -> Ints:
 
 
 def _near_features(near: NDArray[np.int32], shares: Floats, met: Ints, size: int) -> list[NDArray[np.float64]]:
-    """Logarithms of how often others met the candidate near the task's newest items, and after the newest alone."""
-    there = near >= 0
-    back = np.arange(near.shape[1])
+    """Logarithms of how often others met the candidate near the task's newest items, and after the newest alone.
+
+    `shares` [N, 4] are of the `near` [T, L, K] that are there, which are candidates number `met` [N] of `size`.
+    """
+    back = np.nonzero(near >= 0)[1]
     # Of NEAR, not of how many the longest task here has: a task's list is its own, whoever is asked for with it.
-    whole = (_LAST ** np.arange(NEAR)).sum()
-    weights = (_LAST**back / whole)[None, :, None] * np.ones_like(near, np.float64)
-    weights = weights[there]
-    kinds = [np.bincount(met, weights * shares[..., kind][there], size) for kind in range(CoVisits.WEIGHTS)]
-    last = np.broadcast_to((back == 0)[None, :, None], near.shape)[there]
-    kinds.append(np.bincount(met, last * shares[..., 2][there], size))
-    return [np.log(kind + _EPSILON) for kind in kinds]
+    steps = _LAST ** np.arange(NEAR)
+    weights = (steps / steps.sum())[back]
+    sums = [np.bincount(met, weights * shares[:, kind], size) for kind in range(CoVisits.WEIGHTS)]
+    sums.append(np.bincount(met, (back == 0) * shares[:, 2], size))
+    return [_scattered(met, np.log(of[met] + _EPSILON), size, math.log(_EPSILON)) for of in sums]
 
 
 def _own_features(recent: Recent, now: Ints, own: Ints, size: int) -> list[NDArray[np.float64]]:
+    """What the task did with the candidate; its examples [T, S] that are there are candidates `own` [N] of `size`."""
     there = recent.places >= 0
-    step = np.broadcast_to(np.arange(there.shape[1]), there.shape)[there]
+    step = np.nonzero(there)[1]
     recency, kept, bought, age = np.zeros((4, size))
     np.maximum.at(recency, own, 1.0 / (1.0 + step))
     np.maximum.at(kept, own, np.isin(recent.kinds, (CODES["cart"], CODES["favorite"]))[there].astype(float))
     np.maximum.at(bought, own, (recent.kinds == CODES["purchase"])[there].astype(float))
     minutes = np.maximum(now[:, None] - recent.times, 0)[there] / 60_000.0
     age[own[::-1]] = np.log1p(minutes)[::-1]  # the newest example of an item is written last
-    counts = np.log1p(np.bincount(own, minlength=size))
-    said = np.log1p(np.bincount(own, recent.weights[there], size))
-    last = np.where(recency > 0, -np.log(np.maximum(recency, 1e-9)), 0.0)
+    counts = _scattered(own, np.log1p(np.bincount(own, minlength=size)[own]), size)
+    said = _scattered(own, np.log1p(np.bincount(own, recent.weights[there], size)[own]), size)
+    last = _scattered(own, -np.log(recency[own]), size)
     return [recency, last, counts, said, kept, bought, age]
+
+
+def _scattered(at: Ints, values: NDArray[np.float64], size: int, elsewhere: float = 0.0) -> NDArray[np.float64]:
+    """An array [size] of `elsewhere`, but for `values` [N] at `at` [N]: few candidates have most features."""
+    found = np.full(size, elsewhere)
+    found[at] = values
+    return found
 
 
 def _category_features(recent: Recent, categories: Categories, task: Ints, places: Ints) -> list[NDArray[np.float64]]:
