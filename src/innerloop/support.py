@@ -27,7 +27,7 @@ class SupportSets:
 
     @property
     def sizes(self) -> Ints:  # [T]
-        return np.diff(self.starts)
+        return self.starts[1:] - self.starts[:-1]  # np.diff takes ten times as long where there are few
 
     @property
     def newest(self) -> Ints:  # [T], epoch ms; 0 for an empty set

@@ -68,8 +68,15 @@ class Candidates:
     places: Ints  # [M]
     features: Floats  # [M, F], as in FEATURES
 
+    @property
+    def sizes(self) -> Ints:  # [T]
+        return self.starts[1:] - self.starts[:-1]
+
     def rows(self) -> Ints:  # [M], the task of each
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        return np.repeat(np.arange(len(self.starts) - 1), self.sizes)
+
+    def columns(self) -> Ints:  # [M], which of its task's
+        return np.arange(len(self.places)) - np.repeat(self.starts[:-1], self.sizes)
 
 
 @dataclass(frozen=True)

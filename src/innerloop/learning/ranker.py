@@ -51,6 +51,12 @@ class Ranker:
         scores: Tensor = self.network(standard).squeeze(-1)
         return scores
 
+    def on(self, device: torch.device) -> Self:
+        """The same on that device."""
+        if self.mean.device == device:
+            return self
+        return type(self).restore({name: value.to(device) for name, value in self.state().items()})
+
     def state(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "scale": self.scale, **self.network.state_dict()}
 

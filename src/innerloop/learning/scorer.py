@@ -20,6 +20,7 @@ from innerloop.learning.devices import moved
 from innerloop.learning.foreseer import Foreseer
 from innerloop.learning.heads import Head, Support
 from innerloop.learning.item_index import ItemSearch
+from innerloop.learning.ranker import Ranker
 from innerloop.learning.ranking import best_by, scores_of
 from innerloop.learning.releases import Release
 from innerloop.metrics import STEP_SECONDS
@@ -29,7 +30,7 @@ from innerloop.trends import Activity, Trends
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-_RANKED_AT_ONCE = 8_192
+_RANKED_AT_ONCE = {"cpu": 8_192, "cuda": 1 << 22}  # on a CPU what lies between the layers stays in the cache
 _HEAD, _LIFT = FEATURES.index("head"), FEATURES.index("head_lift")
 
 
@@ -53,6 +54,7 @@ class Scorer:
         self._index_above = index_above
         self._search = ItemSearch(index_above)
         self._ads = self._ad_scorer()
+        self._ranker = self._new_ranker()
         self._foreseer = self._new_foreseer()
 
     def use(self, release: Release) -> None:
@@ -64,6 +66,7 @@ class Scorer:
         self._search.close()
         self._search = ItemSearch(self._index_above)
         self._ads = self._ad_scorer()
+        self._ranker = self._new_ranker()
         if self._foreseer is not None:
             self._foreseer.close()
         self._foreseer = self._new_foreseer()
@@ -103,7 +106,7 @@ class Scorer:
             with STEP_SECONDS.labels("solve").time():
                 parameters = self.parameters(sets)
             seen = self.recent(sets).places if exclude_seen else None
-            if self.catalogue.release.ranker is None:
+            if self._ranker is None:
                 excluded = None if seen is None else moved(torch.from_numpy(seen), parameters.device)
                 with STEP_SECONDS.labels("score").time():
                     return self._liked(parameters, k, excluded)
@@ -177,6 +180,10 @@ class Scorer:
                 self._foreseer.describe(foreseen, found)
         return found
 
+    def _new_ranker(self) -> Ranker | None:
+        ranker = self.catalogue.release.ranker
+        return None if ranker is None else ranker.on(self.catalogue.device)
+
     def _new_foreseer(self) -> Foreseer | None:
         release = self.catalogue.release
         has_any = release.ranker is None or len(release.ranker.mean) > PLAIN
@@ -188,25 +195,26 @@ class Scorer:
         return _lists(*self._search.best(head, parameters, vectors, k, excluded))
 
     def _ranked(self, found: Candidates, k: int, seen: Ints | None) -> Lists:
-        ranker = self.catalogue.release.ranker
-        assert ranker is not None  # noqa: S101 - asked by `lists`
-        # A part at a time: what lies between the layers stays in the cache.
-        parts = torch.split(torch.from_numpy(found.features), _RANKED_AT_ONCE)
-        scores = torch.cat([ranker(part) for part in parts])
-        rows = torch.from_numpy(found.rows())
-        column = torch.arange(len(rows)) - torch.from_numpy(found.starts)[rows]
-        tasks, width = len(found.starts) - 1, max(k, int(np.diff(found.starts).max(initial=0)))
-        table = torch.full((tasks, width), -torch.inf)
-        table[rows, column] = scores
+        device, rows = self.catalogue.device, found.rows()
+        scores = self._ranked_by(found)
+        where = moved(torch.from_numpy(rows), device), moved(torch.from_numpy(found.columns()), device)
+        shape = len(found.sizes), max(k, int(found.sizes.max(initial=0)))
+        table = torch.full(shape, -torch.inf, device=device)
+        table[where] = scores
         table = table.log_softmax(1).exp()
-        at = torch.full((tasks, width), -1)
-        at[rows, column] = torch.from_numpy(found.places)
+        at = torch.full(shape, -1, device=device)
+        at[where] = moved(torch.from_numpy(found.places), device)
         if seen is not None:
-            table[_contained(at, torch.from_numpy(seen))] = -torch.inf
+            table[_contained(at, moved(torch.from_numpy(seen), device))] = -torch.inf
         table[at < 0] = -torch.inf
         best, columns = table.topk(k)
-        places = torch.where(best > -torch.inf, at.gather(1, columns), -1)
-        return Lists(places.numpy(), best.numpy())
+        return _lists(at.gather(1, columns), best)
+
+    def _ranked_by(self, found: Candidates) -> Tensor:
+        """What the ranker says of each candidate, [M]."""
+        assert self._ranker is not None  # noqa: S101 - asked by `lists`
+        parts = torch.split(torch.from_numpy(found.features), _RANKED_AT_ONCE[self.catalogue.device.type])
+        return torch.cat([self._ranker(moved(part, self.catalogue.device)) for part in parts])
 
 
 def _lists(places: Tensor, scores: Tensor) -> Lists:
