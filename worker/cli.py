@@ -106,7 +106,9 @@ def ingest(
 
 @app.command()
 def adapt(
-    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; default one per device.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; default one on a CPU, up to 8 on each GPU.")
+    ] = None,
     devices: Annotated[str, typer.Option(help="auto, cpu, or a list such as cuda:0,cuda:1.")] = "auto",
     member: Annotated[str | None, typer.Option(hidden=True)] = None,
     threads: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -120,7 +122,7 @@ def adapt(
         _run_pool(
             [
                 ["adapt", "--member", share.device, "--threads", str(share.threads), *_flag(accept_gap=accept_gap)]
-                for share in shares(devices, processes)
+                for share in shares(devices, processes, settings.topics.partitions)
             ],
             settings.http,
         )

@@ -204,7 +204,7 @@ def test_the_gpu_overlay_gives_each_adapt_pod_one_gpu_and_nobody_else_any() -> N
             wanted = 1 if component == "adapt" else None
             assert each["resources"]["limits"].get("nvidia.com/gpu") == wanted
     (adapt,) = dict(pods(built("gpu")))["adapt"]["containers"]
-    assert adapt["args"][-1] == "cuda:0"
+    assert adapt["args"] == ["adapt", "--processes", "4", "--devices", "cuda:0"]
 
 
 def test_the_cluster_has_the_rules_that_were_tested(objects: list[Object]) -> None:

@@ -10,8 +10,9 @@ whole batch; with M at least the number of items the sum is exact. After each ep
 are ranked among all items, the best epoch so far is kept, and training stops when it no longer improves.
 
 Everything random is drawn from (seed, epoch), so training that was stopped after any epoch and resumed from its
-checkpoint ends with the same numbers, bit for bit. Under torchrun each process takes its share of every batch and
-gradients are averaged: the result is that of one process, to rounding, where there is no dropout.
+checkpoint ends with the same numbers, bit for bit (on a CPU: a GPU adds up in whatever order comes). Under torchrun
+each process takes its share of every batch and gradients are averaged: the result is that of one process, to rounding,
+where there is no dropout.
 """
 
 import math
