@@ -10,4 +10,5 @@ case "${1:-}" in
         ;;
 esac
 deploy/install.sh
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as `innerloop` has it
 exec .venv/bin/python "tests/benchmarks/$1.py" "${@:2}"

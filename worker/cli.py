@@ -1,5 +1,6 @@
 """The `innerloop` command: translates the command line and hands over. Errors leave as one sentence."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,9 @@ _ACCEPT_GAP = "Where retention has passed us, go on with the oldest record there
 
 def main() -> None:
     """Run the command line; an error of ours becomes one sentence and its exit code, never a traceback."""
+    # OpenMP reads it once, when torch is loaded. Threads that spin until the last of them is done take the core that it
+    # waits for wherever anything else runs: beside two busy processes the heads were forty times as slow.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except StopError as error:
