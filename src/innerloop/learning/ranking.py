@@ -7,9 +7,9 @@ from innerloop.learning.heads import Head
 
 _HIDDEN = 32  # numbers that a small network holds for each item and task
 # Held at once. On a CPU 16 MB of scores: fewer would read the item vectors more often, more would leave the cache. On a
-# GPU a gibibyte of each, scores and vectors of d = 64: what it is asked for again and again is what it waits for.
-_SCORES = {"cpu": 4_000_000, "cuda": 1 << 28}
-_GATHERED = {"cpu": 2_048, "cuda": 1 << 22}
+# GPU 256 MB of each, scores and vectors of d = 64: it waits whenever it is asked anew, and eight processes share it.
+_SCORES = {"cpu": 4_000_000, "cuda": 1 << 26}
+_GATHERED = {"cpu": 2_048, "cuda": 1 << 20}
 
 
 def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from innerloop.trends import Activity, Trends
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-_RANKED_AT_ONCE = {"cpu": 8_192, "cuda": 1 << 22}  # on a CPU what lies between the layers stays in the cache
+_RANKED_AT_ONCE = {"cpu": 8_192, "cuda": 1 << 20}  # on a CPU what lies between the layers stays in the cache
 _HEAD, _LIFT = FEATURES.index("head"), FEATURES.index("head_lift")
 
 
