@@ -1,5 +1,6 @@
 """The `innerloop` command: translates the command line and hands over. Errors leave as one sentence."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,18 @@ def main() -> None:
     except InnerloopError as error:
         _ERR.print(f"innerloop: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(3)
+
+
+def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - the signature is typer's
+    if wanted:
+        typer.echo(f"innerloop {importlib.metadata.version('innerloop')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True)] = False,  # noqa: FBT002
+) -> None: ...
 
 
 def _settings(process: str) -> Settings:

@@ -114,11 +114,13 @@ def sentences(done: Replay, *, dry_run: bool) -> list[str]:
 
 def table(groups: list[Group]) -> Table:
     """The groups, for people."""
-    table = Table("reason", "topic")
+    table = Table()
+    for name in ("reason", "topic"):
+        table.add_column(name, overflow="fold")
     for name in ("letters", "replayed"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("first", "last", "example"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # what a narrow terminal would cut off can't be told apart
     for group in groups:
         cells = [group.reason, group.topic, f"{group.letters:,}", f"{group.replayed:,}"]
         cells += [_text(group.first), _text(group.last), group.example]

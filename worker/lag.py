@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from contextlib import nullcontext
 
 import msgspec
 from rich.console import Console, Group
@@ -43,11 +44,17 @@ def show_lag(settings: Settings, *, as_json: bool = False) -> int:
 
 
 def watch_lag(settings: Settings) -> None:
-    """Show the same once a second until Ctrl-C."""
-    with LagReader(settings) as reader, Live(console=Console(), auto_refresh=False) as live:
+    """Show the same once a second until Ctrl-C: in place on a terminal, one below the other in a file or a pipe."""
+    console = Console()
+    show = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    with LagReader(settings) as reader, show as live:
         watch = LagWatch(settings, reader, quality=True)
         while True:
-            live.update(_shown(watch.look()), refresh=True)
+            groups = watch.look()
+            if live is None:
+                console.print(_shown(groups))
+            else:
+                live.update(_shown(groups), refresh=True)
             time.sleep(_WATCH_SECONDS)
 
 
@@ -58,15 +65,19 @@ def _flat(judged: JudgedLag) -> dict[str, object]:
 
 
 def _shown(groups: list[GroupLag]) -> Group:
-    return Group(*(part for group in groups for part in (_table(group), _sentence(group), Text())))
+    """What it means comes first: a small terminal cuts off the end."""
+    sentences = (_sentence(group) for group in groups)
+    return Group(*sentences, Text(), *(part for group in groups for part in (_table(group), Text())))
 
 
 def _table(group: GroupLag) -> Table:
-    table = Table("topic", title=group.group, title_justify="left")
-    for name in ("partition", "committed", "end", "behind", "seconds"):
+    """Without lines between the columns, and with the owner last, it fits a terminal of 80 columns."""
+    table = Table(title=group.group, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("partition", no_wrap=True)
+    for name in ("committed", "end", "behind", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
-    table.add_column("owner", overflow="fold")
+    table.add_column("owner", overflow="ellipsis")
     for each in group.partitions:
         table.add_row(*_row(each))
     return table
@@ -76,12 +87,13 @@ def _row(judged: JudgedLag) -> list[str | Text]:
     lag = judged.lag
     committed = "none yet" if lag.committed is None else f"{lag.committed:,}"
     seconds = "unknown" if lag.seconds is None else f"{lag.seconds:,.1f}"
-    numbers = [lag.topic, str(lag.partition), committed, f"{lag.end:,}", f"{lag.offsets:,}", seconds]
-    return [*numbers, Text(judged.status, _STYLES[judged.status]), judged.owner or "nobody"]
+    place = Text(f"{lag.topic}[{lag.partition}]")
+    numbers = [committed, f"{lag.end:,}", f"{lag.offsets:,}", seconds]
+    return [place, *numbers, Text(judged.status, _STYLES[judged.status]), judged.owner or "nobody"]
 
 
 def _sentence(group: GroupLag) -> Text:
-    return Text(f"{group.status}: {_outlook(group)}", _STYLES[group.status])
+    return Text(f"{group.group} {group.status}: {_outlook(group)}", _STYLES[group.status])
 
 
 def _outlook(group: GroupLag) -> str:

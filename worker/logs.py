@@ -32,7 +32,7 @@ def configure_logs(settings: Settings, **bound: object) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*final, renderer]))
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
-    for chatty in ("alembic", "sqlalchemy", "jgo"):
+    for chatty in ("alembic", "sqlalchemy", "jgo", "faiss"):  # faiss tells of every build of it that isn't there
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Its warnings are of retries that it makes by itself, one at every start.
     logging.getLogger("librdkafka").setLevel(logging.ERROR)

@@ -25,6 +25,7 @@ def show_scores(settings: Settings, user_id: str) -> int:
     for record in found:
         if record is not None:
             console.print(_table(record))
+            console.print(_origin(record), markup=False, highlight=False)
     if not any(found):
         console.print(f"User {user_id} has no scores: they come with the user's first event.", markup=False)
         return 1
@@ -32,19 +33,20 @@ def show_scores(settings: Settings, user_id: str) -> int:
 
 
 def _table(record: RecommendationScores | AdScores) -> Table:
-    table = Table(
-        title=f"{record.model} for {escape(record.user_id)}",
-        caption=(
-            f"scored {_text(record.scored_at)} by {escape(record.method)}, model {record.model_version}, support set "
-            f"{record.support_version} ({record.support_size} events, newest {_text(record.event_time)})"
-        ),
-    )
+    table = Table(title=f"{record.model} for {escape(record.user_id)}", title_justify="left")
     table.add_column("rank", justify="right")
     if isinstance(record, AdScores):
         _add_ads(table, record)
     else:
         _add_items(table, record)
     return table
+
+
+def _origin(record: RecommendationScores | AdScores) -> str:
+    return (
+        f"Scored {_text(record.scored_at)} by {record.method}, model {record.model_version}, from support set "
+        f"{record.support_version} ({record.support_size} events, newest {_text(record.event_time)}).\n"
+    )
 
 
 def _add_items(table: Table, record: RecommendationScores) -> None:

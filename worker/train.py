@@ -66,8 +66,13 @@ def _train(settings: Settings, source: Source, checkpoint: Path | None) -> None:
         _trained(settings, events, 0, checkpoint, items)
         return
     release, location = train_release(settings, engine, events, checkpoint, items)
-    metrics = ", ".join(f"{name} {value:.3f}" for name, value in release.card.metrics.items())
+    metrics = ", ".join(f"{name} {_written(value)}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
+
+
+def _written(value: float) -> str:
+    """Counts as such."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3f}"
 
 
 def _history(engine: Database, source: Source) -> pl.DataFrame:

@@ -4,11 +4,13 @@
 working directory, or the one that `INNERLOOP_CONFIG` names.
 """
 
+import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -263,7 +265,19 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [f"{'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors()]
         raise SettingsError("Wrong settings: " + "; ".join(lines) + ".") from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable that does not parse
         raise SettingsError(f"The settings cannot be read: {error}.") from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """What is wrong with a setting; of a name that is none of ours, which of ours is the most like it."""
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    *sections, name = map(str, error["loc"])
+    model: Any = Settings
+    for section in sections:
+        model = model.model_fields[section].annotation
+    alike = difflib.get_close_matches(name, model.model_fields, 1)
+    return f"there is no such setting; {f'the nearest is {alike[0]}' if alike else '`innerloop config` lists them'}"

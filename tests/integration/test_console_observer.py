@@ -1,6 +1,7 @@
 """What the console reads, against a real broker and database, and what it does while they fail."""
 
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from sqlalchemy import text
 
 from innerloop import metrics
 from innerloop.config import Settings
-from innerloop.errors import ServiceError
+from innerloop.errors import ServiceError, SettingsError
 from innerloop.evaluation.quality.record import QualityWindow
 from innerloop.store import accounts
 from innerloop.store.database import Database, connect
@@ -24,6 +25,7 @@ from innerloop.streams.tail import Tail
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.console.observer import Observer
 from innerloop.worker.console.quality import WindowReader
+from innerloop.worker.console.serve import run_console
 from innerloop.worker.console.sources import LiveSource
 from innerloop.worker.console.stored import StoredSource
 
@@ -253,3 +255,10 @@ def test_quality_s_group_is_there_once_it_has_run(settings: Settings, engine: Da
         assert seen.quality.offsets == 1
         assert {each.lag.topic for each in seen.quality.partitions if each.owner} == {settings.topics.clicks}
     source.close()
+
+
+def test_where_the_page_cannot_be_served_it_says_so_before_anything_runs(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = settings.console.model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(SettingsError, match=r"cannot be listened on .*in use.*: stop what does, or give another"):
+            run_console(settings.model_copy(update={"console": where}))

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import polars as pl
@@ -46,6 +47,12 @@ def test_every_command_explains_itself(bare_shell: Shell) -> None:
         assert "--member" not in helped.output, "for the pool only"
 
 
+def test_the_version_is_told_without_any_setting() -> None:
+    told = CliRunner().invoke(app, ["--version"], env={"INNERLOOP_NONSENSE": "1"})
+    assert told.exit_code == 0
+    assert told.output == f"innerloop {version('innerloop')}\n"
+
+
 def test_config_shows_all_settings_and_no_secret(bare_shell: Shell) -> None:
     shown = bare_shell.run(
         "config",
@@ -64,7 +71,7 @@ def test_config_shows_all_settings_and_no_secret(bare_shell: Shell) -> None:
     ("command", "variables", "says"),
     [
         ("config", {"INNERLOOP_INGEST__BATCH_SIZE": "0"}, "ingest.batch_size"),
-        ("config", {"INNERLOOP_INGEST__BATCHSIZE": "1"}, "ingest.batchsize"),
+        ("config", {"INNERLOOP_INGEST__BATCHSIZE": "1"}, "ingest.batchsize: there is no such setting; the nearest is"),
         ("config", {"INNERLOOP_INJEST__BATCH_SIZE": "1"}, "INNERLOOP_INJEST__BATCH_SIZE"),
         ("config", {"INNERLOOP_KAFKA": "{"}, "kafka"),
         ("config", {"INNERLOOP_CONFIG": "/absent.toml"}, "/absent.toml"),

@@ -1,11 +1,14 @@
 """`innerloop console`: one live page over the whole loop, and the lag of both groups for Prometheus."""
 
+import socket
+
 import structlog
 from fastapi.responses import PlainTextResponse
 from nicegui import app, ui
 from prometheus_client import make_asgi_app
 
 from innerloop.config import Settings
+from innerloop.errors import SettingsError
 from innerloop.store.database import connect, require_tables
 from innerloop.streams.clients import require_broker
 from innerloop.worker.health import Verdict
@@ -25,6 +28,8 @@ def run_console(settings: Settings) -> None:
     engine = connect(settings.database, statement_seconds=STATEMENT_SECONDS)
     require_tables(engine)
     require_broker(settings.kafka)
+    where = settings.console
+    _require_free(where.host, where.port)
     observer, names = Observer(settings), Names(settings)
 
     def find(user_id: str) -> Person:
@@ -48,7 +53,6 @@ def run_console(settings: Settings) -> None:
         app.on_startup(part.start)
         app.on_shutdown(part.stop)
     stop_on_signals()  # the server stops by itself on both, and raises them again for whoever was there before
-    where = settings.console
     _LOG.info("console", page=f"http://{where.host}:{where.port}/")
     ui.run(
         host=where.host,
@@ -60,6 +64,17 @@ def run_console(settings: Settings) -> None:
         show_welcome_message=False,
         endpoint_documentation="none",
     )
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise SettingsError when nobody could listen there: the server would say so in words of its own, too late."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}): stop what does, or give another --port."
+        ) from None
 
 
 def _answer(verdict: Verdict) -> PlainTextResponse:

@@ -171,7 +171,7 @@ def train(
     )
     if clicks is not None:
         ads = replace(ads or without_purchases(history, encoder, window=windows[0]), clicks=clicks)
-    tell("done", 1.0)
+    tell("release", 1.0)
     card = _card(history, settings, version, choice, metrics | of_sequences | of_lists | of_ads | of_clicks)
     return Release(card, encoder, head, ranker, ads, sequence, transitions)
 

@@ -141,7 +141,9 @@ def refusal(engine: Engine, error: DBAPIError | psycopg2.Error, does: str = "ref
     url, why = engine.url, _first_line(error)
     where = f"{url.host or 'its socket'}:{url.port or _PORT}/{url.database or ''}"
     hint = "start it, or correct INNERLOOP_DATABASE__URL"
-    if "password" in why:
+    if why.endswith("does not exist") and "database" in why:
+        hint = "create it, or correct INNERLOOP_DATABASE__URL"
+    elif "password" in why:
         hint = "correct user and password in INNERLOOP_DATABASE__URL"
     elif "no encryption" in why:
         hint = "add sslmode=verify-full to INNERLOOP_DATABASE__URL"
