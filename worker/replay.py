@@ -102,7 +102,7 @@ def parse_rate(text: str) -> float | None:
     except ValueError:
         rate = math.nan
     if not 0 < rate < math.inf:
-        raise SettingsError(f"A rate of {text} events per second is none: give a number above 0, or max.")
+        raise SettingsError(f"{text} is no rate: give a number of events per second above 0, or max.")
     return rate
 
 

@@ -30,6 +30,7 @@ _CUTOFF = 20
 _BAD = {"stalled", "stopped"}
 """Partitions to be seen first."""
 _FIGURES = [f"{name}@{k}" for k in CUTOFFS for name in ("hit", "mrr")]
+_NOBODY_ASKED = "None is asked: name their host:port (http.port) in console.targets, for latency too."
 # A shadow: the library takes the outline away with more force than any page has.
 _FOCUS = """
 :focus-visible:not(.q-field__native), .q-field--focused .q-field__control { box-shadow: 0 0 0 3px #e69f00 !important; }
@@ -88,7 +89,11 @@ class Page:
                 test="releases",
             )
             self._processes = Table(
-                "Processes", "process", "up", "owns", "model", "turned", numbers=["owns", "model"], test="processes"
+                "Processes",
+                *("process", "up", "owns", "model", "turned"),
+                numbers=["owns", "model"],
+                test="processes",
+                empty="Waiting." if self._settings.console.targets else _NOBODY_ASKED,
             )
         self._letters = Table(
             "Dead letters",

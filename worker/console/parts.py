@@ -22,6 +22,7 @@ _NAMED_CELL = """
 """
 _FAINT = {"color": GREY, "opacity": 0.25}
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
+_LONG = 10 * _MINUTE
 _FEW = 10
 
 
@@ -35,9 +36,16 @@ class Table:
     """A table of the library's that is sent anew only when it has changed."""
 
     def __init__(
-        self, title: str, *columns: str, numbers: Sequence[str] = (), test: str, page: int = 10, wrap: bool = False
+        self,
+        title: str,
+        *columns: str,
+        numbers: Sequence[str] = (),
+        test: str,
+        page: int = 10,
+        wrap: bool = False,
+        empty: str = "None so far.",
     ) -> None:
-        """A column `item` shows the row's `name`, where there is one, above the item's id."""
+        """A column `item` shows the row's `name`, where there is one, above the item's id. `empty` is for no rows."""
         named = [
             {"name": name, "label": name, "field": name, "align": "right" if name in numbers else "left"}
             for name in columns
@@ -45,6 +53,7 @@ class Table:
         self._page = page
         self._table = ui.table(columns=named, rows=[], row_key="key", title=title, pagination=page)
         self._table.classes("w-full").props(f"dense flat bordered hide-pagination data-test={test}")
+        self._table.props(f'no-data-label="{empty}"')
         if wrap:
             self._table.props("wrap-cells")
         if "item" in columns:
@@ -93,7 +102,11 @@ def as_rate(per_second: float) -> str:
 
 
 def as_seconds(seconds: float) -> str:
-    """In milliseconds below one second."""
+    """In milliseconds below one second, and roughly from ten minutes on; NaN is unknown."""
+    if math.isnan(seconds):
+        return "time unknown"
+    if seconds >= _LONG:
+        return as_span(seconds)
     return f"{seconds * 1000:,.0f} ms" if 0 < seconds < 1 else f"{seconds:,.1f} s"
 
 
