@@ -15,7 +15,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,8 @@ from innerloop.evaluation.judge.verdict import Evidence, Verdict, judge
 from innerloop.learning.releases import save
 from innerloop.store.database import Database, connect
 from innerloop.store.migrate import migrate
+from innerloop.streams.batch import Partition
+from innerloop.streams.whole_topic import committed_offsets
 from innerloop.worker.servers.kafka import KafkaServer
 from innerloop.worker.servers.services import Services, running_services
 from innerloop.worker.train import register
@@ -122,7 +124,9 @@ def _run(services: Services, folder: Path, asked: argparse.Namespace) -> dict[st
     gc.disable()  # millions of tuples and not one cycle
     verdict = judge(_gathered(settings, engine), rules_of(settings))
     engine.dispose()
-    findings = [*fleet.findings, *traffic.errors, *unsettled, *_sent_and_found(traffic, verdict), *verdict.findings]
+    ends = committed_offsets(settings, settings.kafka.ingest_group, list(settings.topics.ingested))
+    missing = _sent_and_found(traffic, verdict, {place: end for place, (_, end) in ends.items()})
+    findings = [*fleet.findings, *traffic.errors, *unsettled, *missing, *verdict.findings]
     return {
         "seed": asked.seed,
         "seconds": round(time.monotonic() - began, 1),
@@ -187,12 +191,19 @@ class _Backlog:
             return None
 
 
-def _sent_and_found(traffic: Traffic, verdict: Verdict) -> list[str]:
-    """The topics hold what was sent: else the judge would judge something else."""
+def _sent_and_found(traffic: Traffic, verdict: Verdict, ends: Mapping[Partition, int]) -> list[str]:
+    """The topics, which end at `ends`, hold what was sent: else the judge would judge something else."""
     found = verdict.counts["records"]
     if traffic.sent <= found <= traffic.sent + traffic.again:
         return []
-    return [f"{traffic.sent} records were sent, {traffic.again} of them twice, and {found} are on the topics."]
+    told = [f"{traffic.sent} records were sent, {traffic.again} of them twice, and {found} are on the topics."]
+    for (topic, partition), arrived in sorted(traffic.arrived.items()):
+        end = ends.get((topic, partition), 0)
+        if arrived.count > end or arrived.highest >= end:
+            told.append(
+                f"The broker lost what it had confirmed: of {topic}[{partition}] {arrived}, its log ends at {end}."
+            )
+    return told
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import json
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -155,6 +157,18 @@ def _in_words(time_ms: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03}Z"
 
 
+@dataclass
+class Arrived:
+    """What the broker has told of one partition's records: how many are there, and the highest offset of any.
+
+    `known_before` are those whose first sending was there already, by their sequence number; of these it tells none.
+    """
+
+    count: int = 0
+    highest: int = -1
+    known_before: int = 0
+
+
 class Traffic(threading.Thread):
     """Sends until told to stop, as fast as `backlog` (records not stored yet) lets it."""
 
@@ -165,12 +179,13 @@ class Traffic(threading.Thread):
         self._rng = random.Random(seed)
         self._records = Records(settings, self._rng, users=users, items=items)
         self._kafka, self._topic = settings.kafka, settings.topics.clicks
-        self._producers = [self._new_producer(number) for number in range(PRODUCERS)]
+        self._producers = [self._new_producer() for _ in range(PRODUCERS)]
         self._skews = [self._rng.choice(SKEWS_MS) for _ in range(PRODUCERS)]
         self.most_per_second, self.rate = most_per_second, min(4_000.0, most_per_second)
         self.sent = self.renewed = 0
         self.again = 0
         """Records sent a second time, by another producer: of these both may be on the topics."""
+        self.arrived: dict[tuple[str, int], Arrived] = defaultdict(Arrived)
         self._lost: list[Message] = []
         self._waiting = [(0, 0.0)] * PRODUCERS
         self.backlog: Callable[[], int | None] = lambda: None
@@ -214,17 +229,19 @@ class Traffic(threading.Thread):
             number = self._rng.randrange(PRODUCERS)
             clock = now + self._skews[number]
             headers: Headers | None = [("trace", str(self.sent))] if self._rng.random() < TRACED else None
-            self._produce(self._producers[number], self._records.draw(clock), clock, headers)
+            self._produce(number, self._records.draw(clock), clock, headers)
         self.sent += count
         for producer in self._producers:
             producer.poll(0)
 
-    @staticmethod
-    def _produce(producer: Producer, sent: Sent, clock: int, headers: Headers | None) -> None:
+    def _produce(self, number: int, sent: Sent, clock: int, headers: Headers | None) -> None:
         topic, key, value, partition = sent
+        producer, told = self._producers[number], partial(self._told, number)
         while True:
             try:
-                producer.produce(topic, value, key, partition=partition, timestamp=clock, headers=headers)
+                producer.produce(
+                    topic, value, key, partition=partition, timestamp=clock, headers=headers, on_delivery=told
+                )
             except BufferError:
                 producer.poll(0.1)
             else:
@@ -240,8 +257,8 @@ class Traffic(threading.Thread):
         elif backlog < _LEAST_BACKLOG:
             self.rate = min(self.most_per_second, self.rate * 1.05)
 
-    def _new_producer(self, number: int) -> Producer:
-        return clients.producer(self._kafka, partial(self._failed, number), linger_ms=5)
+    def _new_producer(self) -> Producer:
+        return clients.producer(self._kafka, linger_ms=5)
 
     def _renew(self) -> None:
         """A producer that only gets fuller may have lost its brokers: then another one sends what it still has."""
@@ -256,7 +273,7 @@ class Traffic(threading.Thread):
                     self._replace(number)
 
     def _replace(self, number: int) -> None:
-        lost, self._producers[number] = self._producers[number], self._new_producer(number)
+        lost, self._producers[number] = self._producers[number], self._new_producer()
         lost.purge()
         lost.flush(_PATIENCE_SECONDS)  # tells of each record that it did not arrive
         self.renewed += 1
@@ -264,13 +281,16 @@ class Traffic(threading.Thread):
         for message in self._lost:
             sent = message.topic() or "", (message.key() or b"").decode(), message.value(), message.partition() or 0
             headers: Headers = [*dict(message.headers() or []).items()]
-            self._produce(self._producers[number], sent, message.timestamp()[1], headers)
+            self._produce(number, sent, message.timestamp()[1], headers)
         self._lost = []
 
-    def _failed(self, number: int, error: KafkaError | None, message: Message | None = None) -> None:
+    def _told(self, number: int, error: KafkaError | None, message: Message) -> None:
         if error is None:
-            return
-        if message is not None and error.code() in _PURGED:
+            place, offset = self.arrived[message.topic() or "", message.partition() or 0], message.offset()
+            place.count += 1
+            place.known_before += offset is None or offset < 0
+            place.highest = max(place.highest, -1 if offset is None else offset)
+        elif error.code() in _PURGED:
             self._lost.append(message)
         elif len(self.errors) < _MOST_ERRORS:
             self.errors.append(f"A record of producer {number} did not arrive: {error}.")
