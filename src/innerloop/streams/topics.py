@@ -201,7 +201,11 @@ def _await_leaders(admin: AdminClient, settings: Settings, names: Iterable[str])
 
 
 def _is_led(admin: AdminClient, topic: TopicDescription) -> bool:
-    """Every partition's leader answers: one that is only named may still refuse."""
+    """Every partition's leader answers: one that is only named may still refuse.
+
+    A producer that comes before loses what it is told has arrived: the first batch is refused, the second is let in, as
+    an empty log takes any sequence number for the first, and the first, sent again, counts as known (KAFKA-15591).
+    """
     if not all(each.leader for each in topic.partitions):
         return False
     latest: Any = OffsetSpec  # the stubs leave its constructors untyped
