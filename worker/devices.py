@@ -30,7 +30,7 @@ def shares(devices: str, processes: int | None, most: int) -> list[Share]:
         _check(name)
     if not names:
         raise SettingsError("--devices is empty: write auto, cpu, or a list such as cuda:0,cuda:1.")
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     turns = min(max(1, cores // (2 * len(names))), _PER_GPU, max(1, most // len(names)))
     workers = [name for turn in range(turns) for name in names if turn == 0 or name != _CPU]
     if processes is not None:

@@ -12,7 +12,7 @@ from innerloop.worker.devices import Share, shares
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 cores and no GPU."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(devices, "gpus", list)
 
 
@@ -32,7 +32,7 @@ def test_workers_on_the_cpu_have_equal_parts_of_the_cores() -> None:
 def test_a_gpu_has_a_worker_for_every_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_gpus(monkeypatch, 1)
     assert shares("auto", None, 64) == [Share("cuda:0", 2)] * 8
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert shares("auto", None, 64) == [Share("cuda:0", 1)]
 
 
@@ -45,7 +45,7 @@ def test_a_gpu_has_no_more_than_eight_and_all_no_more_than_there_are_partitions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _with_gpus(monkeypatch, 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(64)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert len(shares("auto", None, 64)) == 8
     assert shares("auto", None, 4) == [Share("cuda:0", 16)] * 4
     _with_gpus(monkeypatch, 8)
