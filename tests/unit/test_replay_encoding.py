@@ -70,5 +70,5 @@ def test_a_rate_is_a_number_or_max() -> None:
     assert parse_rate("max") is None
     assert parse_rate("2e4") == 20_000
     for wrong in ("0", "-1", "nan", "inf", "fast", ""):
-        with pytest.raises(SettingsError, match="give a number above 0, or max"):
+        with pytest.raises(SettingsError, match=f"^{wrong} is no rate: give a number of .* above 0, or max"):
             parse_rate(wrong)

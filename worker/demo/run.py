@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from innerloop.config import Settings, load_settings
-from innerloop.errors import ServiceError, SettingsError
+from innerloop.errors import ServiceError
 from innerloop.learning.catalogue import unadapted_list
 from innerloop.learning.releases import Release
 from innerloop.store import accounts
@@ -28,7 +28,7 @@ from innerloop.streams.offsets import end_offsets
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.pool import Pool
 from innerloop.worker.processes import stop_on_signals
-from innerloop.worker.replay import Pace, encode_events
+from innerloop.worker.replay import Pace, encode_events, parse_rate
 from innerloop.worker.scrape import answers
 from innerloop.worker.servers.services import running_services
 from innerloop.worker.servers.watched_process import free_ports, require_free
@@ -110,19 +110,6 @@ def _run(settings: Settings, options: DemoOptions, rate: float | None, console: 
         demo = _Demo(settings, engine, release, folder, options.workers, page=options.console)
         console.print(f"== {len(release.item_ids):,} items; workers start {_since(started)}", highlight=False)
         return demo.run(source, rate=rate, seconds=options.seconds, console=console, started=started)
-
-
-def parse_rate(rate: str) -> float | None:
-    """Events per second; None for `max`. Raises SettingsError."""
-    if rate == "max":
-        return None
-    try:
-        value = float(rate)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise SettingsError(f"--rate {rate} is not a rate: write a number of events per second, or max.")
-    return value
 
 
 class _Demo:
