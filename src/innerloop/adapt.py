@@ -39,7 +39,7 @@ from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import LogEnds
 from innerloop.streams.publisher import Publisher, partition_of
 from innerloop.streams.watch import OutputWatch, Stranger, add_strangers, owner_headers
-from innerloop.support import Ints, SupportSets, gather
+from innerloop.support import Ints, SupportSets, emptied, gather
 from innerloop.tracing import NOT_TRACED, Spans, Traces
 
 _LOG = structlog.get_logger(__name__)
@@ -294,27 +294,14 @@ class Adapt:
                 catalogue.add(items.items_numbered(connection, unknown.tolist()))
 
     def _score(self, sets: SupportSets, held: list[bool], shown: SupportSets | None = None) -> _Scored:
+        """The hold-out is scored as users of whom nothing is known; items seen are left out as for the others."""
         scorer, top = self._scorer, self._settings.adapt.top
-        best = scorer.lists(sets, top, exclude_seen=self._settings.adapt.exclude_seen)
-        ads = self._named(scorer.ad_lists(sets, top, shown))
-        scored = _Scored(best.places.tolist(), _rounded(best.scores), ads, held)
+        seen = sets if self._settings.adapt.exclude_seen else None
         if any(held):
-            self._withhold(scored, sets)
-        return scored
-
-    def _withhold(self, scored: _Scored, sets: SupportSets) -> None:
-        """Give the hold-out what everybody of whom nothing is known gets; items seen are left out as for the others."""
-        scorer, top, rule = self._scorer, self._settings.adapt.top, self._settings.adapt.exclude_seen
-        nobody = SupportSets.empty(1)
-        best = scorer.lists(nobody, top + (int(sets.sizes.max(initial=0)) if rule else 0))
-        ads = self._named(scorer.ad_lists(nobody, top))[0]
-        places, item_scores = best.places[0], _rounded(best.scores)[0]
-        for row in np.flatnonzero(scored.held).tolist():
-            own = sets.examples["item"][sets.starts[row] : sets.starts[row + 1]] if rule else np.empty(0, np.int64)
-            kept = np.flatnonzero(~np.isin(places, scorer.catalogue.places(own)) | (places < 0))[:top].tolist()
-            scored.items[row] = places[kept].tolist()
-            scored.item_scores[row] = [item_scores[rank] for rank in kept]
-            scored.ads[row] = ads
+            sets, shown = emptied(sets, held), None if shown is None else emptied(shown, held)
+        best = scorer.lists(sets, top, seen=seen)
+        ads = self._named(scorer.ad_lists(sets, top, shown))
+        return _Scored(best.places.tolist(), _rounded(best.scores), ads, held)
 
     def _named(self, found: AdLists) -> list[list[ScoredAd]]:
         """The lists as they are published."""

@@ -6,6 +6,7 @@ the `capacity` newest by (time, hash). Pure numpy, no I/O; a whole batch of task
 An event id always names the same event. Should a producer send one id with two contents, the one stored first stays.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,6 +170,13 @@ def gather(sets: SupportSets, tasks: Ints) -> SupportSets:
     """The sets of some tasks, in the order asked for."""
     sizes = sets.sizes[tasks]
     where = ranges(sets.starts[tasks], sizes)
+    return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(where))
+
+
+def emptied(sets: SupportSets, tasks: Sequence[bool]) -> SupportSets:
+    """The sets of all tasks, those of the marked ones without examples."""
+    sizes = np.where(tasks, 0, sets.sizes)
+    where = ranges(sets.starts[:-1], sizes)
     return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(where))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from innerloop.support import EXAMPLE, Examples, Ints, SupportCache, SupportSets, gather, merge, ranges
+from innerloop.support import EXAMPLE, Examples, Ints, SupportCache, SupportSets, emptied, gather, merge, ranges
 from innerloop.support import newest as newest_of
 
 # (task, time, hash, item): an event; its hash is its identity within the task.
@@ -199,6 +199,12 @@ def test_more_tasks_than_a_small_number_holds() -> None:
 def test_gather_takes_sets_in_the_order_asked_for(events: list[Plain], asked: list[int]) -> None:
     sets = after([events], 5)
     assert plain(gather(sets, np.array(asked, np.int64))) == [plain(sets)[task] for task in asked]
+
+
+@given(histories(), st.lists(st.booleans(), min_size=TASKS, max_size=TASKS))
+def test_emptied_sets_are_empty_and_the_others_as_they_were(events: list[Plain], marked: list[bool]) -> None:
+    sets = after([events], 4)
+    assert plain(emptied(sets, marked)) == [[] if mark else own for own, mark in zip(plain(sets), marked, strict=True)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 5)), max_size=10))

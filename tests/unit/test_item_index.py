@@ -331,14 +331,15 @@ def test_a_scorer_with_an_index_makes_nearly_the_lists_of_one_without(release: R
     scorer, exact = _scorer(release, N - 1), _scorer(release)
     scorer.lists(_sets(0), K)
     scorer._search.wait()
-    found = scorer.lists(_sets(1), K, exclude_seen=exclude_seen)
-    wanted = exact.lists(_sets(1), K, exclude_seen=exclude_seen)
+    sets = _sets(1)
+    seen = sets if exclude_seen else None
+    found, wanted = scorer.lists(sets, K, seen=seen), exact.lists(sets, K, seen=seen)
     assert scorer._search.index is not None
     assert exact._search.index is None
     assert _recall(torch.from_numpy(found.places), torch.from_numpy(wanted.places)) >= 0.95
     assert (found.scores[:, 0] > wanted.scores[:, 0] - 1e-5).mean() >= 0.98
     if exclude_seen:
-        own = _sets(1).examples["item"].reshape(T, 4)
+        own = sets.examples["item"].reshape(T, 4)
         assert not (found.places[:, :, None] == own[:, None, :]).any()
 
 

@@ -131,7 +131,7 @@ def test_what_was_seen_is_left_out_and_the_rest_stays_in_order(release: Release,
     replay.meet_support(log.before(np.array(rows), CAPACITY)[0])
     sets = _sets(log, rows)
     every = scorer.lists(sets, 60)
-    left = scorer.lists(sets, 10, exclude_seen=True)
+    left = scorer.lists(sets, 10, seen=sets)
     places = scorer.catalogue.places(sets.examples["item"])
     removed = 0
     for task in range(len(rows)):
@@ -168,7 +168,8 @@ def test_who_has_seen_everything_gets_an_empty_list(release: Release, ranked: bo
     scorer.catalogue.add([(n, item, None) for n, item in enumerate(scorer.catalogue.item_ids, 1)])
     examples = np.zeros(3, EXAMPLE)
     examples["item"], examples["weight"], examples["time"], examples["type"] = [1, 2, 3], 1.0, [5, 6, 7], 1
-    found = scorer.lists(SupportSets(np.array([0, 3, 3]), examples), 5, exclude_seen=True)
+    sets = SupportSets(np.array([0, 3, 3]), examples)
+    found = scorer.lists(sets, 5, seen=sets)
     assert (found.places[0] == -1).all()
     assert (found.places[1] >= 0).sum() == 3
 
@@ -178,7 +179,8 @@ def test_an_item_nobody_knows_does_no_harm(release: Release, log: StreamLog) -> 
     scorer, _ = _shown(release, log, 1_000)
     examples = np.zeros(2, EXAMPLE)
     examples["item"], examples["weight"], examples["time"], examples["type"] = [10**6, 0], 1.0, [5, 6], 1
-    found = scorer.lists(SupportSets(np.array([0, 2]), examples), 10, exclude_seen=True)
+    sets = SupportSets(np.array([0, 2]), examples)
+    found = scorer.lists(sets, 10, seen=sets)
     assert (found.places >= 0).all()
     assert np.isfinite(found.scores).all()
 

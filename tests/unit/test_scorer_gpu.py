@@ -70,7 +70,8 @@ def _same(found: Lists, wanted: Lists) -> None:
 @pytest.mark.parametrize("seen", [False, True])
 def test_lists_are_those_of_the_cpu(history: pl.DataFrame, any_release: Release, ranked: bool, seen: bool) -> None:  # noqa: FBT001
     log, asked = stream_of(history), any_release if ranked else replace(any_release, ranker=None)
-    on_cpu, on_gpu = (scorer.lists(_sets(log), 10, exclude_seen=seen) for scorer in _scorers(asked, log))
+    sets = _sets(log)
+    on_cpu, on_gpu = (scorer.lists(sets, 10, seen=sets if seen else None) for scorer in _scorers(asked, log))
     _same(on_gpu, on_cpu)
 
 

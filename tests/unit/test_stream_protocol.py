@@ -175,9 +175,9 @@ class _Spied(Scorer):
 
     asked: list[tuple[int, SupportSets]]
 
-    def lists(self, sets: SupportSets, k: int, *, exclude_seen: bool = False) -> Lists:
+    def lists(self, sets: SupportSets, k: int, *, seen: SupportSets | None = None) -> Lists:
         self.asked.append((self.trends.newest, sets))
-        return super().lists(sets, k, exclude_seen=exclude_seen)
+        return super().lists(sets, k, seen=seen)
 
 
 @pytest.fixture

@@ -100,19 +100,19 @@ class Scorer:
         support, _ = padded(sets, self.catalogue)
         return self.catalogue.head.adapt(support)
 
-    def lists(self, sets: SupportSets, k: int, *, exclude_seen: bool = False) -> Lists:
-        """The k best items of each task."""
+    def lists(self, sets: SupportSets, k: int, *, seen: SupportSets | None = None) -> Lists:
+        """The k best items of each task, without those of its set in `seen`."""
         with torch.inference_mode():
             with STEP_SECONDS.labels("solve").time():
                 parameters = self.parameters(sets)
-            seen = self.recent(sets).places if exclude_seen else None
+            left_out = None if seen is None else self.recent(seen).places
             if self._ranker is None:
-                excluded = None if seen is None else moved(torch.from_numpy(seen), parameters.device)
+                excluded = None if left_out is None else moved(torch.from_numpy(left_out), parameters.device)
                 with STEP_SECONDS.labels("score").time():
                     return self._liked(parameters, k, excluded)
             found = self.candidates(sets, parameters)
             with STEP_SECONDS.labels("rank").time():
-                return self._ranked(found, k, seen)
+                return self._ranked(found, k, left_out)
 
     def lists_by(self, head: Head, sets: SupportSets, k: int) -> Lists:
         """The k best items of each task by another head alone."""
