@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from innerloop.config import HttpSettings, Settings, load_settings
+from innerloop.config import Settings, load_settings
 from innerloop.errors import InnerloopError, StopError
 
 from . import dlq, evaluate
@@ -115,7 +115,7 @@ def ingest(
     """Store events as support sets and ask for adaptation, until SIGTERM."""
     settings = _settings("ingest")
     if processes > 1:
-        _run_pool([["ingest", *_flag(accept_gap=accept_gap)]] * processes, settings.http)
+        _run_pool([["ingest", *_flag(accept_gap=accept_gap)]] * processes, settings)
     from .processes import run_ingest  # noqa: PLC0415
 
     run_ingest(settings, accept_gap=accept_gap)
@@ -136,13 +136,11 @@ def adapt(
     from .devices import shares  # noqa: PLC0415
 
     if member is None:
-        _run_pool(
-            [
-                ["adapt", "--member", share.device, "--threads", str(share.threads), *_flag(accept_gap=accept_gap)]
-                for share in shares(devices, processes, settings.topics.partitions)
-            ],
-            settings.http,
-        )
+        commands = [
+            ["adapt", "--member", share.device, "--threads", str(share.threads), *_flag(accept_gap=accept_gap)]
+            for share in shares(devices, processes, settings.topics.partitions)
+        ]
+        _run_pool(commands, settings)
     from .processes import run_adapt  # noqa: PLC0415
 
     run_adapt(settings, member or "cpu", threads, accept_gap=accept_gap)
@@ -152,11 +150,12 @@ def _flag(*, accept_gap: bool) -> list[str]:
     return ["--accept-gap"] if accept_gap else []
 
 
-def _run_pool(commands: list[list[str]], http: HttpSettings) -> None:
+def _run_pool(commands: list[list[str]], settings: Settings) -> None:
     from .pool import Pool  # noqa: PLC0415
-    from .processes import stop_on_signals  # noqa: PLC0415
+    from .processes import require_services, stop_on_signals  # noqa: PLC0415
 
-    stopping = stop_on_signals()
+    stopping, http = stop_on_signals(), settings.http
+    require_services(settings)  # asked here, what is missing is told once
     ports = range(http.port, http.port + len(commands)) if http.port else ()
     sys.exit(Pool(commands, ports=ports, host=http.host).run(stopping))
 

@@ -12,7 +12,7 @@ import structlog
 
 from innerloop.config import Settings
 from innerloop.errors import BreakerError, ServiceError
-from innerloop.store.database import connect, require_tables
+from innerloop.store.database import Database, connect, require_tables
 from innerloop.store.ledger import Ledger
 from innerloop.streams.clients import require_broker
 from innerloop.streams.loop import Loop
@@ -58,8 +58,7 @@ def run_ingest(settings: Settings, *, accept_gap: bool = False) -> None:
     stopping = stop_on_signals()
     topics = settings.topics
     engine = connect(settings.database)
-    require_tables(engine)
-    require_broker(settings.kafka)
+    _require_answers(settings, engine)
     require_topics(settings, [*topics.ingested, topics.requests, topics.dead_letters])
     ledger = Ledger(engine, topic_ids(settings, topics.ingested))
     with exported_traces("ingest") as traces:
@@ -88,8 +87,7 @@ def run_adapt(settings: Settings, device: str, threads: int = 0, *, accept_gap: 
     stopping = stop_on_signals()
     topics = settings.topics
     engine = connect(settings.database)
-    require_tables(engine)
-    require_broker(settings.kafka)
+    _require_answers(settings, engine)
     outputs = (topics.recommendations, topics.ads)
     _require_equal_partitions(settings, [topics.requests, *outputs])
     ledger = Ledger(engine, topic_ids(settings, [topics.requests]))
@@ -113,6 +111,20 @@ def run_adapt(settings: Settings, device: str, threads: int = 0, *, accept_gap: 
         finally:
             watch.close()
             engine.dispose()
+
+
+def require_services(settings: Settings) -> None:
+    """Raise SettingsError or ServiceError unless the database has its tables and the broker answers."""
+    engine = connect(settings.database)
+    try:
+        _require_answers(settings, engine)
+    finally:
+        engine.dispose()
+
+
+def _require_answers(settings: Settings, engine: Database) -> None:
+    require_tables(engine)
+    require_broker(settings.kafka)
 
 
 def _instance(settings: Settings) -> str | None:

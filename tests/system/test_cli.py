@@ -108,7 +108,7 @@ def test_without_broker_or_database_it_leaves_with_3(shell: Shell) -> None:
     kafka = json.dumps({"bootstrap_servers": NOWHERE, "properties": {"log_level": "0"}})
     broker = {command: shell.start(*command.split(), INNERLOOP_KAFKA=kafka) for command in commands}
     url = f"postgresql://postgres@{NOWHERE}/x"
-    commands = ["ingest", "migrate"]
+    commands = ["ingest", "migrate", "ingest --processes 2", "adapt --processes 2"]
     database = {command: shell.start(*command.split(), INNERLOOP_DATABASE__URL=url) for command in commands}
     for command, process in broker.items():
         result = shell.finish(process)
