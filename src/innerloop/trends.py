@@ -28,6 +28,8 @@ PAIR_HALF_LIVES = (7_200.0, 604_800.0)
 POPULAR = 40
 NEIGHBOURS = 64
 """Places in an item's row of neighbours: who is beyond is forgotten, the least heavy first."""
+EPSILON = 1e-6
+"""What is added to a share before its logarithm is taken."""
 _STEP_WEIGHT = 0.7
 _AT_ONCE = 50_000  # events folded in together: bounds the memory that a warm-up takes
 _NEVER = np.iinfo(np.int64).max
@@ -83,9 +85,13 @@ class Popularity:
         self.most: Ints = np.empty(0, np.int64)
         """The items that are among the `POPULAR` most popular by any of the half-lives."""
         self.first_seen = np.full(1024, _NEVER)  # [N] epoch ms
+        self._asked = 0
+        self._logs: Floats | None = None
+        """Of all items, once more have been asked for since the last `observe` than there are."""
 
     def observe(self, items: Ints, times: Ints) -> None:
         """Count events of `items` [N] at `times` [N] (epoch ms)."""
+        self._asked, self._logs = 0, None
         self._fit(int(items.max(initial=0)))
         if self._clock.due(newest := int(times.max())):
             factors = self._clock.restart(newest)
@@ -106,6 +112,15 @@ class Popularity:
         shares: Floats = (counts / np.maximum(self._totals, 1e-30)).astype(np.float32)
         return shares
 
+    def log_shares(self, items: Ints, count: int) -> Floats:
+        """Logarithms of the shares of `items` [M] among `count`, by half-life, [H, M]."""
+        self._asked += len(items)
+        if self._logs is None or self._logs.shape[1] < count:
+            if self._asked <= count:
+                return _logarithms(self.shares(items))
+            self._logs = _logarithms(self.shares(np.arange(count)))
+        return self._logs.take(items, axis=1)
+
     def ages(self, items: Ints, now: Ints) -> Floats:
         """Seconds since `items` [..] were first seen, at `now` [..] (epoch ms), at least 0; inf if they never were."""
         known = (items >= 0) & (items < len(self.first_seen))
@@ -125,6 +140,11 @@ class Popularity:
         if item >= len(self.first_seen):
             self._counts = np.pad(self._counts, ((0, 0), (0, extra)))
             self.first_seen = np.pad(self.first_seen, (0, extra), constant_values=_NEVER)
+
+
+def _logarithms(shares: Floats) -> Floats:  # [M, H] to [H, M]
+    found: Floats = np.log(shares.T + np.float32(EPSILON))
+    return found
 
 
 class CoVisits:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from innerloop.learning import ranking
-from innerloop.learning.ranking import top_k
+from innerloop.learning.ranking import scores_of, top_k
 
 
 @pytest.mark.parametrize(("tasks", "items", "k"), [(1, 10, 3), (7, 1000, 50), (33, 257, 20), (3, 5, 5), (0, 9, 2)])
@@ -31,3 +31,15 @@ def test_what_is_excluded_comes_last_with_no_score() -> None:
     assert top_k(torch.ones(1, 1), vectors, 4, torch.tensor([[0]]))[0].tolist() == [[1, 2, 3, 0]]
     assert scores[1, 2] == float("-inf")
     assert bool(scores[0].isfinite().all())
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [0], [], [0, 0, 2], [700]])
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_scores_of_places_are_those_of_the_whole_table(sizes: list[int], *, with_prior: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    own, vectors, prior = (torch.randn(*shape, generator=g) for shape in ((len(sizes), 4), (9, 4), (4,)))
+    rows = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64))
+    places = torch.randint(9, (len(rows),), generator=g)
+    scores, unadapted = scores_of(own, rows, vectors, places, prior if with_prior else None)
+    torch.testing.assert_close(scores, (own @ vectors.T)[rows, places])
+    torch.testing.assert_close(unadapted, (vectors @ prior)[places] * with_prior)

@@ -4,7 +4,7 @@ import numpy as np
 
 from innerloop import trends as trends_module
 from innerloop.support import EXAMPLE, SupportSets
-from innerloop.trends import ACTIVITY, HALF_LIVES, NEIGHBOURS, POPULAR, Activity, Trends, activity_of
+from innerloop.trends import ACTIVITY, EPSILON, HALF_LIVES, NEIGHBOURS, POPULAR, Activity, Trends, activity_of
 
 NOW = 1_750_000_000_000
 
@@ -43,6 +43,19 @@ def test_shares_of_all_items_sum_to_one_and_unknown_items_have_none() -> None:
     shares = trends.popularity.shares(np.array([-1, 1, 3, 7, 9, 10**7]))
     assert shares[:, 0].tolist() == [0.0, 0.25, 0.5, 0.25, 0.0, 0.0]
     np.testing.assert_allclose(shares.sum(0), 1.0, rtol=1e-6)
+
+
+def test_logarithms_of_shares_are_of_now_however_often_and_of_how_many_they_are_asked() -> None:
+    trends, items = Trends(), np.array([4, 0, 4, 2, 5])
+    for step, count in enumerate((6, 6, 2_000)):
+        trends.observe(_told([0, step, 4]))
+        wanted = np.log(trends.popularity.shares(items).T.astype(np.float64) + EPSILON)
+        for _ in range(4):
+            np.testing.assert_allclose(trends.popularity.log_shares(items, count), wanted, rtol=1e-5)
+    more = np.arange(2_500)  # also such as nobody has met
+    wanted = np.log(trends.popularity.shares(more).T.astype(np.float64) + EPSILON)
+    for _ in range(2):
+        np.testing.assert_allclose(trends.popularity.log_shares(more, 2_500), wanted, rtol=1e-5)
 
 
 def test_tables_grow_with_the_items_and_keep_what_they_had() -> None:

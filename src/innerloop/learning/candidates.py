@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from innerloop.events import CODES
 from innerloop.support import SupportSets, ranges
-from innerloop.trends import HALF_LIVES, CoVisits, Popularity, Trends
+from innerloop.trends import EPSILON, HALF_LIVES, CoVisits, Trends
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -25,7 +25,6 @@ NEAR = 5
 """Newest items whose neighbours are candidates."""
 CATEGORIES, POPULAR_IN_CATEGORY, LIKED = 3, 30, 50
 """Newest items whose categories give candidates, how many each gives, and how many the head does."""
-_EPSILON = 1e-6
 _LAST = 0.6  # weight of the item one step further back
 
 FEATURES: tuple[str, ...] = (
@@ -166,7 +165,7 @@ def gather(  # noqa: PLR0917 - everything that candidates come from
     own = inverse[: int((recent.places >= 0).sum())]
     met = inverse[len(own) : len(own) + int((near >= 0).sum())]
     columns = [
-        *_log_shares(pool.trends.popularity, places, count),
+        *pool.trends.popularity.log_shares(places, count),
         np.log1p(np.minimum(pool.trends.popularity.ages(places, now[task]), 3e7) / 60.0),
         *_near_features(near, shares, met, len(keys)),
         *_own_features(recent, now, own, len(keys)),
@@ -185,18 +184,6 @@ def gather(  # noqa: PLR0917 - everything that candidates come from
         features[_FORESEEN_ONLY, inverse[: len(inverse) - int((foreseen >= 0).sum())]] = 0.0
     starts = np.searchsorted(task, np.arange(tasks + 1))
     return Candidates(starts, places, features.T)
-
-
-def _log_shares(popularity: Popularity, places: Ints, count: int) -> Floats:
-    """Logarithms of the shares of places [M] among `count`, [H, M]; once for each place where many ask for it."""
-    if len(places) <= count:
-        return _logarithms(popularity.shares(places))
-    return _logarithms(popularity.shares(np.arange(count)))[:, places]
-
-
-def _logarithms(shares: Floats) -> Floats:
-    found: Floats = np.log(shares.T + np.float32(_EPSILON))
-    return found
 
 
 def _gap(recent: Recent) -> NDArray[np.float64]:
@@ -237,7 +224,7 @@ def _near_features(near: NDArray[np.int32], shares: Floats, met: Ints, size: int
     weights = (steps / steps.sum())[back]
     sums = [np.bincount(met, weights * shares[:, kind], size) for kind in range(CoVisits.WEIGHTS)]
     sums.append(np.bincount(met, (back == 0) * shares[:, 2], size))
-    return [_scattered(met, np.log(of[met] + _EPSILON), size, math.log(_EPSILON)) for of in sums]
+    return [_scattered(met, np.log(of[met] + EPSILON), size, math.log(EPSILON)) for of in sums]
 
 
 def _own_features(recent: Recent, now: Ints, own: Ints, size: int) -> list[NDArray[np.float64]]:

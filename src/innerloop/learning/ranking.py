@@ -9,7 +9,7 @@ _HIDDEN = 32  # numbers that a small network holds for each item and task
 # Held at once. On a CPU 16 MB of scores: fewer would read the item vectors more often, more would leave the cache. On a
 # GPU 256 MB of each, scores and vectors of d = 64: it waits whenever it is asked anew, and eight processes share it.
 _SCORES = {"cpu": 4_000_000, "cuda": 1 << 26}
-_GATHERED = {"cpu": 2_048, "cuda": 1 << 20}
+_GATHERED = 1 << 20
 
 
 def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -58,17 +58,33 @@ def scores_of(
 ) -> tuple[Tensor, Tensor]:
     """The scores [M] of vectors [N, d] at `places` [M], by parameters [T, d] of tasks `rows` [M] and by a prior [d].
 
-    Some at a time: on a CPU what is gathered stays in the cache. Without a prior the second is zeros.
+    `rows` ascend. Without a prior the second is zeros.
     """
+    if vectors.device.type == "cpu":
+        return _scores_by_task(parameters, rows, vectors, places, prior)
     scores, unadapted = parameters.new_empty(len(rows)), parameters.new_zeros(len(rows))
-    at_once = _GATHERED[vectors.device.type]
-    for first in range(0, len(rows), at_once):
-        some = slice(first, first + at_once)
+    for first in range(0, len(rows), _GATHERED):
+        some = slice(first, first + _GATHERED)
         gathered = vectors[places[some]]
         scores[some] = torch.linalg.vecdot(gathered, parameters[rows[some]])
         if prior is not None:
             unadapted[some] = gathered @ prior
     return scores, unadapted
+
+
+def _scores_by_task(
+    parameters: Tensor, rows: Tensor, vectors: Tensor, places: Tensor, prior: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, one task after the other: on a CPU what is gathered for one stays in the nearest cache."""
+    sizes = torch.bincount(rows, minlength=len(parameters)).tolist()
+    scores, unadapted = [], []
+    for own, its in zip(parameters, torch.split(places, sizes), strict=True):
+        gathered = vectors.index_select(0, its)
+        scores.append(torch.mv(gathered, own))
+        if prior is not None:
+            unadapted.append(torch.mv(gathered, prior))
+    found = torch.cat(scores) if scores else parameters.new_zeros(0)
+    return found, torch.cat(unadapted) if unadapted else torch.zeros_like(found)
 
 
 def _leave_out(scores: Tensor, excluded: Tensor) -> None:
