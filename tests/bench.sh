@@ -11,4 +11,6 @@ case "${1:-}" in
 esac
 deploy/install.sh
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # as `innerloop` has it
+# A broker in production has run for long, and with Java's second compiler, which worker/servers/kafka.py leaves out.
+export _JAVA_OPTIONS="${_JAVA_OPTIONS:--XX:TieredStopAtLevel=4}"
 exec .venv/bin/python "tests/benchmarks/$1.py" "${@:2}"

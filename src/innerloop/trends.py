@@ -118,7 +118,8 @@ class Popularity:
         if self._logs is None or self._logs.shape[1] < count:
             if self._asked <= count:
                 return _logarithms(self.shares(items))
-            self._logs = _logarithms(self.shares(np.arange(count)))
+            # One half-life after the other in memory: `take` would copy the whole table each time to have it so.
+            self._logs = np.ascontiguousarray(_logarithms(self.shares(np.arange(count))))
         return self._logs.take(items, axis=1)
 
     def ages(self, items: Ints, now: Ints) -> Floats:
