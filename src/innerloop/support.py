@@ -168,16 +168,12 @@ def ranges(starts: Ints, sizes: Ints) -> Ints:
 
 def gather(sets: SupportSets, tasks: Ints) -> SupportSets:
     """The sets of some tasks, in the order asked for."""
-    sizes = sets.sizes[tasks]
-    where = ranges(sets.starts[tasks], sizes)
-    return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(where))
+    return _taken(sets, sets.starts[tasks], sets.sizes[tasks])
 
 
 def emptied(sets: SupportSets, tasks: Sequence[bool]) -> SupportSets:
     """The sets of all tasks, those of the marked ones without examples."""
-    sizes = np.where(tasks, 0, sets.sizes)
-    where = ranges(sets.starts[:-1], sizes)
-    return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(where))
+    return _taken(sets, sets.starts[:-1], np.where(tasks, 0, sets.sizes))
 
 
 def newest(sets: SupportSets, capacity: int) -> SupportSets:
@@ -185,8 +181,12 @@ def newest(sets: SupportSets, capacity: int) -> SupportSets:
     if sets.sizes.max(initial=0) <= capacity:
         return sets
     sizes = np.minimum(sets.sizes, capacity)
-    where = ranges(sets.starts[1:] - sizes, sizes)
-    return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(where))
+    return _taken(sets, sets.starts[1:] - sizes, sizes)
+
+
+def _taken(sets: SupportSets, starts: Ints, sizes: Ints) -> SupportSets:
+    """Of each of T tasks `sizes[t]` examples of `sets` from `starts[t]` on."""
+    return SupportSets(np.concatenate(([0], np.cumsum(sizes))), sets.examples.take(ranges(starts, sizes)))
 
 
 class SupportCache:
