@@ -68,6 +68,7 @@ GPU_BUSY = Gauge("innerloop_gpu_busy_ratio", "Share of the last second in which 
 MODEL_VERSION = Gauge("innerloop_model_version", "Version of the release in use")
 CONFLICTS = Counter("innerloop_support_conflicts", "Batches merged again because a user had another writer")
 REBALANCES = Counter("innerloop_rebalances", "Rebalance callbacks, by kind: assigned, revoked, lost", ["kind"])
+PASSED_OVER = Counter("innerloop_passed_over", "Times that the Kafka client passed over records, which were read again")
 PAUSES = Counter("innerloop_pauses", "Tries that ended in a wait for the database or the broker")
 PARTITIONS = Gauge("innerloop_partitions", "Partitions that this process owns")
 LAST_TURN = Gauge("innerloop_last_turn_timestamp_seconds", "When the loop last turned (epoch)")

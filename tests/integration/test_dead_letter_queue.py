@@ -1,5 +1,7 @@
 """The dead letters: listed, shown, sent back as they came, and never lost when their topic is away."""
 
+import ctypes
+import itertools
 import json
 import random
 import threading
@@ -8,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import confluent_kafka
 import pytest
 from confluent_kafka import Message, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
@@ -19,8 +23,9 @@ from typer.testing import CliRunner, Result
 
 from innerloop import metrics
 from innerloop.config import IngestSettings, KafkaSettings, Settings
-from innerloop.errors import DeadLetterError, Reason
+from innerloop.errors import DeadLetterError, Reason, RetryError
 from innerloop.store.database import connect
+from innerloop.store.ledger import Ledger
 from innerloop.streams import clients
 from innerloop.streams.batch import Record
 from innerloop.streams.dead_letter_queue import DeadLetterQueue, Replayer
@@ -354,6 +359,72 @@ def test_a_cut_record_is_replayed_from_where_it_came_from_while_it_is_there(
     [deleted] = admin.delete_records([TopicPartition(world.clicks, 1, 3)]).values()
     deleted.result()
     assert "2 can't be replayed" in command("replay").stdout
+
+
+def test_headers_without_end_are_cut_also_where_they_hold_nothing(world: World) -> None:
+    """A broker counts what frames a header, too: all of it together must stay below what it takes."""
+    for headers in ((("", b""),) * 120_000, (("é" * 100, b""),) * 4_000):
+        world.refuse(record(world.clicks, b"x" * 790_000, key=b"k" * 49_000, headers=headers, at=(1, 0)))
+    letters = list(DeadLetterQueue(world.settings).letters())
+    assert [letter.cut for letter in letters] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["partition", "offset"])
+def test_what_no_offset_can_be_is_no_letter(world: World, name: str) -> None:
+    """Nor does a number that is too long for Python end the command."""
+    world.refuse(record(world.clicks, b"?", at=(1, 0)))
+    [letter] = world.letters()
+    pairs: list[tuple[str, bytes | None]] = letter.headers() or []  # type: ignore[assignment]
+    nonsense: Any = [(key, b"9" * 5_000 if key == OURS + name else value) for key, value in pairs]
+    topic = world.settings.topics.dead_letters
+    world.publisher.send(topic, None, b"?", headers=nonsense)
+    cut: Any = [("innerloop.original.headers.bytes", b"9" * 5_000), *pairs]
+    world.publisher.send(topic, None, b"?", headers=cut)
+    world.publisher.flush(SECONDS)
+    assert [each.cut for each in DeadLetterQueue(world.settings).letters()] == [False, False]
+
+
+def test_headers_that_cannot_be_read_cost_their_record_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is no UTF-8, as any client but Python's can send it; its batch is done twice."""
+    calls = itertools.count()
+    advance = Ledger.advance
+
+    def unreliable(*arguments: Any) -> None:
+        if next(calls) == 0:
+            raise RetryError("the database is away, says the test")
+        advance(*arguments)
+
+    monkeypatch.setattr(Ledger, "advance", unreliable)
+    produce_with_header(world, b"no event", b"\xff\xfe")
+    produce_with_header(world, click(0), b"\xff\xfe")
+    with ingesting(world.settings) as thread:
+        until(lambda: world.stored() == 1 and _committed(world) == 2, "goes on", thread)
+    [letter] = DeadLetterQueue(world.settings).letters()
+    assert letter.record.value == b"no event"
+    assert letter.cut
+    assert letter.record.headers == (("innerloop.original.headers.unreadable", b""),)
+
+
+def produce_with_header(world: World, value: bytes, name: bytes) -> None:
+    """By librdkafka itself: confluent-kafka takes names that are text alone."""
+    [path] = Path(confluent_kafka.__file__).parent.parent.glob("confluent_kafka.libs/librdkafka*")
+    library, said = ctypes.CDLL(str(path)), ctypes.create_string_buffer(512)
+    library.rd_kafka_conf_new.restype = library.rd_kafka_new.restype = ctypes.c_void_p
+    conf = ctypes.c_void_p(library.rd_kafka_conf_new())
+    library.rd_kafka_conf_set(conf, b"bootstrap.servers", world.settings.kafka.bootstrap_servers.encode(), said, 512)
+    producer = ctypes.c_void_p(library.rd_kafka_new(0, conf, said, 512))
+    assert producer, said.value
+    topic, partition, content, header, end = 1, 3, 4, 9, 0  # RD_KAFKA_VTYPE_*
+    number, text, size = ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t
+    refused = library.rd_kafka_producev(
+        producer,
+        *(number(topic), text(world.clicks.encode()), number(partition), ctypes.c_int32(0)),
+        *(number(content), text(value), size(len(value))),
+        *(number(header), text(name), text(b"v"), ctypes.c_ssize_t(1), number(end)),
+    )
+    assert refused == 0
+    assert library.rd_kafka_flush(producer, int(1000 * SECONDS)) == 0
+    library.rd_kafka_destroy(producer)
 
 
 # --- what is shown

@@ -581,6 +581,45 @@ def test_a_log_that_ends_before_our_place_is_no_gap(small: Settings, committed_a
     assert query(small, "SELECT * FROM partition_gaps") == []
 
 
+@pytest.mark.parametrize("kept", [20, 0])
+def test_a_log_that_loses_its_end_under_a_worker_is_no_gap(fragile: Settings, own: Services, kept: int) -> None:
+    """Whatever comes in its place: the ledger would take it for what it knows."""
+    assert own.kafka
+    events = events_of(60, kinds=("click",))
+    for event in events:
+        send(fragile, [event], 2)  # one to a record batch of the log
+    with Member(fragile, _accepting) as member:
+        member.has_handled(60)
+        until(lambda: committed(fragile) == ends(fragile), "not committed")
+        os.kill(own.kafka.pid, signal.SIGKILL)
+        own.kafka.stop()
+        _shorten(own.kafka.folder / "data" / f"{fragile.topics.clicks}-2", kept)
+        own.kafka.start()
+        error = member.has_left()
+    assert isinstance(error, StopError)
+    assert f"{fragile.topics.clicks}[2] has lost records that were handled here" in str(error)
+    assert query(fragile, "SELECT * FROM partition_gaps") == []
+    engine = connect(fragile.database)
+    with engine.begin() as connection:  # as deploy/OPERATIONS.md has it
+        connection.exec_driver_sql(f"UPDATE partition_ledger SET next_offset = {kept} WHERE next_offset > {kept}")
+    engine.dispose()
+    more = events_of(100, kinds=("click",))[60:]
+    producer_at.cache_clear()  # its sequence numbers are of the log as it was
+    send(fragile, more, 2)
+    run(fragile)
+    check(fragile, events + more)
+
+
+def _shorten(folder: Path, kept: int) -> None:
+    """Cut a partition's log behind so many record batches, as an unclean election would."""
+    [log] = folder.glob("*.log")
+    content, at = log.read_bytes(), 0
+    for _ in range(kept):
+        at += 12 + int.from_bytes(content[at + 8 : at + 12], "big")  # base offset and length come first
+    assert 0 <= at < len(content)
+    log.write_bytes(content[:at])
+
+
 def test_an_owner_that_was_superseded_records_no_gap(small: Settings) -> None:
     place = (small.topics.clicks, 1)
     engine = connect(small.database)

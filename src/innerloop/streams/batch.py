@@ -1,7 +1,8 @@
 """What one poll brought, by column: the processors work on lists, not on messages."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from operator import methodcaller
 
 import msgspec
 from confluent_kafka import Message
@@ -10,6 +11,13 @@ from innerloop.tracing import newest_parents
 
 Partition = tuple[str, int]
 """(topic, partition)"""
+Headers = tuple[tuple[str, bytes | None], ...]
+UNREADABLE = "innerloop.original.headers.unreadable"
+"""Stands for the headers of a record that can't be read."""
+
+
+# Not called as a method: where that has become quick, Python 3.11 looks for no pending error.
+_headers = methodcaller("headers")
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -21,13 +29,25 @@ class Record(msgspec.Struct, frozen=True):
     timestamp_ms: int
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes | None], ...]
+    headers: Headers
+
+
+def headers_of(message: Message) -> Headers:
+    """A message's headers; `UNREADABLE` alone where one has a name that is no UTF-8.
+
+    On such a name confluent-kafka gives a list with holes and an error that is pending: whoever looks into that list
+    ends the process.
+    """
+    try:
+        headers = _headers(message) or ()
+    except SystemError:
+        headers = [(UNREADABLE, b"")]
+        message.set_headers(headers)
+    return tuple([(str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers])
 
 
 def record_of(message: Message) -> Record:
     """What a message that is no error brought."""
-    headers = message.headers() or ()
-    pairs = tuple([(str(pair[0]), pair[1] if isinstance(pair[1], bytes) else None) for pair in headers])
     return Record(
         topic=message.topic() or "",
         partition=message.partition() or 0,
@@ -35,7 +55,7 @@ def record_of(message: Message) -> Record:
         timestamp_ms=int(message.timestamp()[1]),
         key=message.key(),
         value=message.value(),
-        headers=pairs,
+        headers=headers_of(message),
     )
 
 
@@ -78,7 +98,7 @@ class Batch:
         backwards = range(len(self) - 1, -1, -1)
         return dict(self._last(self._topics[::-1], self._numbers[::-1], backwards))
 
-    @property
+    @cached_property
     def first_offsets(self) -> dict[Partition, int]:
         return {partition: self.offsets[position] for partition, position in self._first_positions.items()}
 
@@ -100,7 +120,7 @@ class Batch:
 
     def trace_parents(self) -> dict[str, str]:
         """By key, the newest W3C trace context that its records carry."""
-        return newest_parents((message.key(), record_of(message).headers) for message in self._messages)
+        return newest_parents((message.key(), headers_of(message)) for message in self._messages)
 
     def keeping(self, wanted: Callable[[Partition], bool]) -> "Batch":
         """The records of the partitions that are wanted; itself when that is all of them."""
@@ -108,3 +128,8 @@ class Batch:
             return self
         pairs = zip(self._messages, self.partitions, strict=True)
         return Batch([message for message, partition in pairs if wanted(partition)])
+
+    def before(self, ends: Mapping[Partition, int]) -> "Batch":
+        """Of the partitions that `ends` names, only the records below that offset."""
+        triples = zip(self._messages, self.partitions, self.offsets, strict=True)
+        return Batch([message for message, of, offset in triples if of not in ends or offset < ends[of]])

@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.streams import clients
-from innerloop.streams.batch import Record, record_of
+from innerloop.streams.batch import Record, headers_of, record_of
 from innerloop.streams.dead_letters import DeadLetter, read_dead_letter
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import partition_counts
@@ -58,7 +58,7 @@ class DeadLetterQueue:
     def _replayed(self) -> set[Place]:
         found: set[Place] = set()
         for message in self._messages():
-            if message.key() is None and [pair[0] for pair in message.headers() or []] == [MARKER]:
+            if message.key() is None and [name for name, _ in headers_of(message)] == [MARKER]:
                 found |= _marked(message)
         return found
 

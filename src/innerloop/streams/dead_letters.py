@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from confluent_kafka import Message
 
 from innerloop.errors import DeadLetterError
-from innerloop.streams.batch import Record, record_of
+from innerloop.streams.batch import UNREADABLE, Record, record_of
 from innerloop.streams.publisher import Headers, Publisher
 
 _PREFIX = "__connect.errors."
@@ -16,7 +16,9 @@ _CUT_HEADERS = "innerloop.original.headers.bytes"
 _MAX_VALUE = 800_000
 _MAX_KEY = 50_000
 _MAX_HEADERS = 50_000
+_FRAME = 10  # of a header: the lengths of its name and its value
 _MAX_MESSAGE = 1_024
+_MOST_DIGITS = 19  # of an offset
 
 
 def send_dead_letter(publisher: Publisher, topic: str, record: Record, error: DeadLetterError, *, group: str) -> None:
@@ -49,7 +51,7 @@ def _cut(content: bytes | None, most: int, header: str) -> tuple[bytes | None, H
 
 
 def _own_headers(record: Record) -> Headers:
-    size = sum(len(name) + len(value or b"") for name, value in record.headers)
+    size = sum(len(name.encode()) + len(value or b"") + _FRAME for name, value in record.headers)
     return list(record.headers) if size <= _MAX_HEADERS else [(_CUT_HEADERS, str(size))]
 
 
@@ -66,7 +68,7 @@ class DeadLetter:
     record: Record
     """The record as it came and where it came from; its timestamp is the letter's."""
     cut: bool
-    """Key, value or headers were too long: the whole record is, at most, where it came from."""
+    """Key, value or headers were too long, or could not be read: the whole record is, at most, where it came from."""
 
 
 def read_dead_letter(message: Message) -> DeadLetter | None:
@@ -80,12 +82,15 @@ def read_dead_letter(message: Message) -> DeadLetter | None:
     if [name for name, _ in added] != [_PREFIX + name for name in _OURS]:
         return None
     topic, partition, offset, _, _, reason, why = ((value or b"").decode(errors="replace") for _, value in added)
-    if not (partition.isdecimal() and offset.isdecimal()):
+    number, place = _number(partition.encode()), _number(offset.encode())
+    if min(number, place) < 0:
         return None
     own, cut_value = _without_cut(own, _CUT_VALUE, letter.value, _MAX_VALUE)
     own, cut_key = _without_cut(own, _CUT_KEY, letter.key, _MAX_KEY)
-    cut_headers = len(own) == 1 and own[0][0] == _CUT_HEADERS and _number(own[0][1]) > _MAX_HEADERS
-    record = Record(topic, int(partition), int(offset), letter.timestamp_ms, letter.key, letter.value, own)
+    cut_headers = len(own) == 1 and (
+        own[0][0] == UNREADABLE or (own[0][0] == _CUT_HEADERS and _number(own[0][1]) > _MAX_HEADERS)
+    )
+    record = Record(topic, number, place, letter.timestamp_ms, letter.key, letter.value, own)
     return DeadLetter(
         place=(letter.partition, letter.offset),
         refused_ms=letter.timestamp_ms,
@@ -106,4 +111,4 @@ def _without_cut(
 
 
 def _number(text: bytes | None) -> int:
-    return int(text) if text and text.isdigit() else -1
+    return int(text) if text and text.isdigit() and len(text) <= _MOST_DIGITS else -1

@@ -3,6 +3,7 @@
 What a processor may rely on:
 - `assigned` is called before any record of a partition is handed over, and decides where reading starts: at an offset
   that the log does not hold, there is a gap.
+- What `handle` is given of a partition goes on where the batch before ended, or repeats some of it (`continuity`).
 - `handle` returns only when everything that follows from the batch is stored and replicated. Only then are the
   batch's offsets committed, so a committed offset means: done. It may be called again with the same batch.
 - RetryError from either: polling goes on (no rebalance), and the same call is made again. From `handle` all partitions
@@ -25,6 +26,7 @@ from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, ServiceError, StopError
 from innerloop.streams import clients
 from innerloop.streams.batch import Batch, Partition
+from innerloop.streams.continuity import Continuity
 from innerloop.streams.lost_brokers import WHY, BrokerCheck
 from innerloop.streams.waiting import Waiting, close
 
@@ -38,6 +40,7 @@ _NOT_JOINED = (
     "the broker has given it no partitions yet: is it there, does this user have READ on the group and its topics, "
     "and, with kafka.group_protocol consumer, is it Kafka 4.0 or newer?"
 )
+_OTHER_HISTORY = ("log truncation", "No epoch found")
 _ENDS_SECONDS = 2.0
 """How long one partition without a leader may hold up the others."""
 _LAST_COMMIT_SECONDS = 1.5
@@ -99,6 +102,7 @@ class Loop:
         self._settings, self._brokers = settings, BrokerCheck(settings, self._topics[0])
         self._generation = 0
         self._consumer = self._new_consumer()
+        self._continuity = Continuity()
         self._owned: set[Partition] = set()
         self._unclaimed: list[Partition] = []
         self._unclaimed_why = ""
@@ -209,7 +213,7 @@ class Loop:
             messages = [first, *self._take(self._batch_size - 1)]
         if [1 for message in messages if message.error() is not None]:
             messages = [message for message in messages if not self._is_error(message)]
-        return Batch(messages).keeping(self._is_claimed)
+        return self._without_jumps(Batch(messages).keeping(self._is_claimed))
 
     def _take(self, most: int) -> list[Message]:
         if self._batch_keys is None:
@@ -225,6 +229,13 @@ class Loop:
             keys.update(message.key() for message in some)
         return taken
 
+    def _without_jumps(self, batch: Batch) -> Batch:
+        """The batch up to where a partition jumps; from there it is read again."""
+        again = self._continuity.jumps(batch)
+        for place in self._partitions(again, again):
+            self._read_from(place)
+        return batch.before(again) if again else batch
+
     def _is_claimed(self, partition: Partition) -> bool:
         return partition in self._owned and partition not in self._unclaimed
 
@@ -235,7 +246,7 @@ class Loop:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - the library's constants are named so
             partition = (message.topic() or "", message.partition() or 0)
             if partition in self._owned:
-                self._gaps[partition] = message.offset() or 0
+                self._gaps[partition] = self._wanted(partition, message.offset(), error.str())
             return True
         if error.code() in clients.MISSING:
             raise ServiceError(f"Topic {message.topic()} does not exist: run `innerloop topics`.")
@@ -248,6 +259,19 @@ class Loop:
             raise StopError(f"The broker has shut this consumer out: {error.str()}.")
         _LOG.warning("consumer error", error=error.str())
         return True
+
+    @staticmethod
+    def _wanted(partition: Partition, offset: int | None, why: str) -> int:
+        """The record that the log does not hold; raises StopError where its history is not the one we have read.
+
+        librdkafka asks for a log's history after each election (KIP-320), and tells what it found in words alone.
+        """
+        if offset is not None and not any(words in why for words in _OTHER_HISTORY):
+            return offset
+        raise StopError(
+            f"{_name(partition)} has lost records that were handled here: its leader's log is another one than was "
+            f"read ({why.rstrip('.')}). Nothing was skipped; see Gaps in deploy/OPERATIONS.md."
+        )
 
     # --- handling
 
@@ -296,17 +320,22 @@ class Loop:
     def _put_back(self, message: Message) -> None:
         """Fetched before the pause took hold: read it again later."""
         place = TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
-        if (place.topic, place.partition) not in self._owned:
-            return
-        try:
-            self._consumer.seek(place)
-        except KafkaException:
-            # Fetching has not begun or has ended; without this record in the next batch its offset would be passed.
-            self._consumer.incremental_unassign([place])
-            self._consumer.incremental_assign([place])
+        if (place.topic, place.partition) in self._owned and not self._read_from(place):
             self._consumer.pause([place])
 
+    def _read_from(self, place: TopicPartition) -> bool:
+        """Go on there; whether it could be sought, and not only assigned anew, which ends a pause."""
+        try:
+            self._consumer.seek(place)
+        except KafkaException:  # fetching has not begun or has ended
+            self._consumer.incremental_unassign([place])
+            self._consumer.incremental_assign([place])
+            self._consumer.resume([place])  # librdkafka may still think of it as paused
+            return False
+        return True
+
     def _resume(self) -> None:
+        self._continuity.resumes()
         self._consumer.resume(self._partitions(self._owned.difference(self._unclaimed)))
 
     def _idle(self) -> None:
@@ -403,6 +432,7 @@ class Loop:
         self._consumer.incremental_unassign(place)
         self._consumer.incremental_assign(place)
         self._consumer.resume(place)
+        self._continuity.starts({partition: start})
         self._done[partition] = max(start, self._done.get(partition, 0))
 
     def _log_ends(self, partition: Partition) -> tuple[int, int]:
@@ -447,7 +477,9 @@ class Loop:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
         committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
         starts = self._processor.assigned(committed, self._log_ends)
-        return {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
+        offsets = {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
+        self._continuity.starts(offsets)
+        return offsets
 
     def _claim_again(self) -> None:
         """Claim what could not be claimed when it was assigned, one by one; the others' records are handled meanwhile.
@@ -497,6 +529,7 @@ class Loop:
         for partition in partitions:
             self._done.pop(partition, None)
             self._gaps.pop(partition, None)
+        self._continuity.leaves(partitions)
         self._owned.difference_update(partitions)
         metrics.PARTITIONS.set(len(self._owned))
         self._unclaimed = [each for each in self._unclaimed if each not in partitions]

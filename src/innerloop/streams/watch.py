@@ -19,6 +19,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from innerloop.config import KafkaSettings
 from innerloop.errors import RetryError, StopError
 from innerloop.streams import clients
+from innerloop.streams.batch import headers_of
 from innerloop.streams.lost_brokers import WHY, BrokerCheck
 from innerloop.streams.publisher import Headers
 from innerloop.streams.waiting import Waiting, close
@@ -126,7 +127,7 @@ class OutputWatch:
             epoch = epochs.get(partition)
             if user is None or epoch is None:
                 continue
-            writer = dict(message.headers() or []).get(OWNER_HEADER)
+            writer = dict(headers_of(message)).get(OWNER_HEADER)
             if writer != str(epoch).encode():
                 add_strangers(found, [(user, Stranger(partition, _order(writer, epoch, message.value())))])
         return found
