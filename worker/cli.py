@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from innerloop.config import Settings, load_settings
-from innerloop.errors import InnerloopError, StopError
+from innerloop.errors import InnerloopError, SettingsError, StopError
 
 from . import dlq, evaluate
 from .columns import Columns, columns_of
@@ -54,6 +54,15 @@ def _settings(process: str) -> Settings:
     settings = load_settings()
     configure_logs(settings, process=process)
     return settings
+
+
+def _text(user: str) -> str:
+    """The identifier; raises SettingsError for bytes that are no text, which Kafka keys and JSON can't hold."""
+    try:
+        user.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{user!r} is no user: an identifier is UTF-8.") from None
+    return user
 
 
 def _settings_with_broker(process: str) -> Settings:
@@ -205,7 +214,7 @@ def scores(user: Annotated[str, typer.Argument(help="The user's identifier.")]) 
     """Print a user's current scores."""
     from .scores import show_scores  # noqa: PLC0415
 
-    sys.exit(show_scores(_settings_with_broker("scores"), user))
+    sys.exit(show_scores(_settings_with_broker("scores"), _text(user)))
 
 
 @app.command()
@@ -243,7 +252,7 @@ def erase(
     """Forget users: support sets deleted, scores tombstoned, what is replayed of them dropped; prints the receipts."""
     from .erase import run_erase  # noqa: PLC0415
 
-    run_erase(_settings("erase"), users, timeout)
+    run_erase(_settings("erase"), [_text(user) for user in users], timeout)
 
 
 @app.command()

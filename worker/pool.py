@@ -112,7 +112,7 @@ class Pool:
         now = time.monotonic()
         if member.restart_at is None:
             member.failures = 1 if now - member.started > _SETTLED_SECONDS else member.failures + 1
-            wait = min(0.1 * 2.0**member.failures, _MAX_BACKOFF_SECONDS)
+            wait = backoff(member.failures)
             member.restart_at = now + wait
             _LOG.error("process ended, starts again", why=_why(code), pid=member.process.pid, in_seconds=wait)
         elif now >= member.restart_at:
@@ -150,6 +150,11 @@ class Pool:
             return subprocess.Popen(
                 command, env=environment, start_new_session=True, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
+
+
+def backoff(failures: int) -> float:
+    """How many seconds a process stays down that has failed so many times in a row, from 0.2 s on."""
+    return float(min(0.1 * 2.0 ** min(failures, 10), _MAX_BACKOFF_SECONDS))
 
 
 def _stuck(host: str, port: int) -> str | None:

@@ -154,10 +154,16 @@ class ScoreReader:
                 return
 
     def refresh(self, timeout: float = 0.0) -> int:
-        """Take in what has come, waiting up to `timeout` seconds for the first of it; the number of users changed."""
+        """Take in what has come, waiting up to `timeout` seconds for the first of it; the number of users changed.
+
+        On a topic that is written faster than this reads it ends with `stop` alone.
+        """
+        return self._refresh(timeout, float("inf"))
+
+    def _refresh(self, timeout: float, deadline: float) -> int:
         changed: set[str] = set()
         self._fetch(timeout)
-        while self._pending:
+        while self._pending and not self._stopped and time.monotonic() < deadline:
             while self._pending:
                 message = self._pending.popleft()
                 if (change := self._apply(message)) is not None:
@@ -183,7 +189,7 @@ class ScoreReader:
                 raise RetryError(
                     f"{self.topic} is not read to its end after {timeout} s: partitions {behind} are left."
                 )
-            self.refresh(min(left, _STEP_SECONDS))
+            self._refresh(min(left, _STEP_SECONDS), deadline)
 
     def _opened(self) -> Consumer:
         consumer = clients.consumer(

@@ -207,6 +207,23 @@ def test_a_reader_that_cannot_keep_up_in_time_says_so(settings: Settings, topic:
         reader.wait_until_current(0.0)
 
 
+def test_a_topic_that_never_stops_keeps_nobody_longer_than_asked(
+    settings: Settings, topic: str, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(producer, topic, scores("u", 1))
+    with ScoreReader(settings) as reader:
+        while not reader._pending:
+            reader._fetch(1.0)
+        [message] = reader._pending
+        monkeypatch.setattr(reader, "_fetch", lambda _seconds: reader._pending.append(message))
+        monkeypatch.setattr(reader, "_next", dict.fromkeys(reader._next, 0))
+        send(producer, topic, scores("u", 2))  # more than this reader will ever have read
+        with pytest.raises(RetryError, match="is not read to its end"):
+            reader.wait_until_current(3.0)
+        threading.Timer(0.3, reader.stop).start()
+        reader.refresh()
+
+
 @pytest.mark.parametrize(
     ("kind", "columns"),
     [

@@ -148,6 +148,13 @@ def test_what_is_not_made_yet_names_the_command_that_makes_it(
     assert "There are no events to train on" in result.err
 
 
+@pytest.mark.parametrize("command", ["scores", "erase"])
+def test_bytes_that_are_no_text_are_no_user(shell: Shell, command: str) -> None:
+    result = shell.run(command, "\udcff")  # as Python has an argument of the byte 0xff
+    assert result.code == 2
+    assert result.err == "innerloop: '\\udcff' is no user: an identifier is UTF-8.\n"
+
+
 # --- the pool
 
 

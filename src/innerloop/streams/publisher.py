@@ -16,6 +16,8 @@ Headers = list[tuple[str, str | bytes | None]]
 _ROOM_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+_MOST_SECONDS = 20.0
+_MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)  # noqa: SLF001 - librdkafka's own names
 
 
 def partition_of(key: str, partitions: int) -> int:
@@ -35,6 +37,8 @@ class Publisher:
         self._failure: str | None = None
         self._sent_to = ""
         """The topic of the newest record."""
+        self._took = 0.0
+        """Seconds that the last flush waited."""
         self._producer: Any = clients.producer(settings, self._failed, **own)
 
     def _failed(self, error: KafkaError | None, message: Message) -> None:
@@ -52,7 +56,7 @@ class Publisher:
     ) -> None:
         """Queue one record; `partition` -1 lets the key decide.
 
-        Waits for room when the queue is full, and raises RetryError when there is none for 5 s.
+        Waits for room when the queue is full, and raises RetryError when there is none for 5 s, or no such topic.
         """
         until, self._sent_to = None, topic
         while True:
@@ -70,6 +74,8 @@ class Publisher:
                         f"There is no room for records: the broker has taken none for {_ROOM_SECONDS:g} s"
                     ) from None
             except KafkaException as error:
+                if error.args[0].code() in _MISSING:  # it was there at the start, and may be made again
+                    raise RetryError(f"{topic} did not take a record: {error.args[0].str()}") from error
                 raise StopError(f"A record for {topic} cannot be sent: {error.args[0].str()}.") from error
             else:
                 return
@@ -82,14 +88,22 @@ class Publisher:
             raise RetryError(f"The broker does not tell the partitions of {topic}: {error.args[0].str()}") from error
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything sent has arrived. Raises RetryError when it has not within `seconds`."""
-        waiting = self._producer.flush(seconds)
+        """Wait until everything sent has arrived. Raises RetryError when it has not within `seconds`.
+
+        Whoever is told so sends all of it again. A broker that only is slow would never be done with that, so it gets
+        twice as long as it took the last time, 20 s at most; 0 seconds stay 0.
+        """
+        began = time.monotonic()
+        patience = seconds and max(seconds, min(2 * self._took, _MOST_SECONDS))
+        waiting = self._producer.flush(patience)
+        if seconds:
+            self._took = time.monotonic() - began
         failure, self._failure = self._failure, None
         if failure is not None:
             raise RetryError(failure)
         if waiting:
             self._renew_if_lost()
-            raise RetryError(f"The broker has not taken {waiting} records for {seconds:g} s")
+            raise RetryError(f"The broker has not taken {waiting} records for {patience:.3g} s")
 
     def _renew_if_lost(self) -> None:
         """What a lost producer holds goes with it: whoever is told of a RetryError sends it again."""
