@@ -258,7 +258,7 @@ class ScoreReader:
             return True
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own name
             self._advance(message)
-        elif error.fatal() or error.code() in clients.HOPELESS:
+        elif clients.is_fatal(error) or error.code() in clients.HOPELESS:
             raise ServiceError(f"{self.topic} cannot be read: {error.str()}.")
         else:
             _LOG.warning("reading %s: %s; trying again", self.topic, error.str())

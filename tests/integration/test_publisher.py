@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from structlog.testing import capture_logs
 
 from innerloop.config import Settings
 from innerloop.errors import RetryError, ServiceError
@@ -57,6 +58,21 @@ def records(settings: Settings, topic: str) -> int:
             time.sleep(0.2)
 
 
+def sent_in_the_end(publisher: Publisher, topic: str) -> None:
+    """As the loop does it: all of it again, until it has arrived."""
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline
+        try:
+            publisher.flush(0)
+            publisher.send(topic, "u", b"{}")
+            publisher.flush(5)
+        except RetryError:
+            time.sleep(0.1)
+        else:
+            return
+
+
 def test_a_broker_that_is_slow_gets_more_time_each_time(own: Settings, kafka: KafkaServer) -> None:
     """With the same time each time, all would be sent again and again for as long as it is slow."""
     publisher, topic = Publisher(own.kafka), own.topics.requests
@@ -78,6 +94,23 @@ def test_a_broker_that_is_slow_gets_more_time_each_time(own: Settings, kafka: Ka
             publisher.flush(0.2)
     publisher.flush(30)
     assert records(own, topic) == 4
+
+
+def test_a_log_that_lost_its_end_takes_records_again(own: Settings, kafka: KafkaServer) -> None:
+    """An idempotent producer gives up for good where the broker does not know what it has confirmed."""
+    publisher, topic = Publisher(own.kafka), own.topics.dead_letters
+    for _ in range(10):
+        publisher.send(topic, "u", b"{}")
+        publisher.flush(30)
+    os.kill(kafka.pid, signal.SIGKILL)
+    kafka.stop()
+    [log] = (kafka.folder / "data" / f"{topic}-0").glob("*.log")
+    log.write_bytes(log.read_bytes()[: 12 + int.from_bytes(log.read_bytes()[8:12], "big")])  # one record batch
+    kafka.start()
+    with capture_logs() as lines:
+        sent_in_the_end(publisher, topic)
+    assert records(own, topic) >= 2
+    assert "producer made anew" in {line["event"] for line in lines}
 
 
 def refused(publisher: Publisher, topic: str) -> str:
@@ -106,14 +139,5 @@ def test_a_topic_that_was_deleted_is_waited_for(own: Settings) -> None:
             with pytest.raises(RetryError):
                 publisher.flush(0.5)
     ensure_topics(own, {"dead_letters": catalogue()["dead_letters"]})
-    while True:
-        assert time.monotonic() < deadline
-        try:
-            publisher.flush(0)
-            publisher.send(topic, "u", b"3")
-            publisher.flush(5)
-        except RetryError:
-            time.sleep(0.1)
-        else:
-            break
+    sent_in_the_end(publisher, topic)
     assert records(own, topic) >= 1

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from test_ingest import Member, check, committed, ends, events_of, ledger, send, shrunk, until
 
 from innerloop.config import Settings
+from innerloop.errors import StopError
 from innerloop.store.database import connect
 from innerloop.streams.batch import Batch, Partition
 from innerloop.streams.loop import Loop
@@ -191,3 +192,23 @@ def test_each_process_of_a_pool_is_another_static_member(settings: Settings, mon
     assert processes._instance(named) == "pod-7-0"
     monkeypatch.setenv(pool.MEMBER, "3")
     assert processes._instance(named) == "pod-7-3"
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_of_two_with_one_name_one_stops_with_a_sentence(
+    small: Settings, events: Iterator[dict[str, Any]], protocol: str, request: pytest.FixtureRequest
+) -> None:
+    if protocol == "consumer":
+        request.getfixturevalue("kip_848")
+    settings = _with_protocol(small, protocol)
+    older, newer = (Observed(settings, "ingest-3") for _ in range(2))
+    with older.member:
+        older.member.joined()
+        with newer.member:
+            until(lambda: any(each.member.error is not None for each in (older, newer)), "both go on")
+            stopped = older if older.member.error is not None else newer
+            assert isinstance(stopped.member.has_left(), StopError)
+            sent = [next(events) for _ in range(100)]
+            send(settings, sent)
+            (newer if stopped is older else older).member.caught_up()
+    check(settings, sent)

@@ -111,6 +111,11 @@ def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
         raise SettingsError(f"Kafka settings are refused: {error}.") from None
 
 
+def is_fatal(error: KafkaError) -> bool:
+    """Whether a consumer that has told this can do nothing any more; `error.fatal()` does not know it of a message."""
+    return error.fatal() or error.code() == KafkaError._FATAL  # noqa: SLF001 - librdkafka's own name
+
+
 def unreadable(topic: str, error: KafkaError) -> str:
     """What is said when reading a topic ends in one of `HOPELESS`."""
     return (

@@ -97,8 +97,13 @@ class Loop:
         self._batch_keys = batch_keys
         # A start below the log's beginning means that retention has passed us: that is for a person to decide.
         self._own: dict[str, clients.Value] = {"auto_offset_reset": "error"}
+        self._namesake = ""
         if instance is not None:
             self._own["group_instance_id"] = instance
+            self._namesake = (
+                f" Each process needs a kafka.static_membership of its own: see whether another is {instance}, too. "
+                "Where one of that name has been killed, start again when its session is over."
+            )
         self._settings, self._brokers = settings, BrokerCheck(settings, self._topics[0])
         self._generation = 0
         self._consumer = self._new_consumer()
@@ -255,8 +260,8 @@ class Loop:
                 f"Kafka does not let this user read {message.topic() or 'the topics'} in group {self._group} "
                 f"({error.str()}): give it the ACLs that deploy/OPERATIONS.md lists."
             )
-        if error.fatal():
-            raise StopError(f"The broker has shut this consumer out: {error.str()}.")
+        if clients.is_fatal(error):
+            raise StopError(f"The broker has shut this consumer out ({error.str()}).{self._namesake}")
         _LOG.warning("consumer error", error=error.str())
         return True
 

@@ -1,6 +1,7 @@
 """Produces records, and knows whether they have arrived."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -16,6 +17,7 @@ Headers = list[tuple[str, str | bytes | None]]
 _ROOM_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+_DISAGREES = "it and the broker do not agree any more on what has arrived"
 _MOST_SECONDS = 20.0
 _MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)  # noqa: SLF001 - librdkafka's own names
 
@@ -65,7 +67,7 @@ class Publisher:
             except BufferError:
                 now = time.monotonic()
                 until = until or now + _ROOM_SECONDS
-                self._producer.poll(_LOOK_SECONDS)  # says nothing of records that have arrived
+                self._call(lambda: self._producer.poll(_LOOK_SECONDS))  # says nothing of records that have arrived
                 if self._failure is not None:
                     self.flush(0)
                 if now > until:
@@ -74,11 +76,33 @@ class Publisher:
                         f"There is no room for records: the broker has taken none for {_ROOM_SECONDS:g} s"
                     ) from None
             except KafkaException as error:
-                if error.args[0].code() in _MISSING:  # it was there at the start, and may be made again
-                    raise RetryError(f"{topic} did not take a record: {error.args[0].str()}") from error
+                self._raise_if_passing(topic, error.args[0])
                 raise StopError(f"A record for {topic} cannot be sent: {error.args[0].str()}.") from error
             else:
                 return
+
+    def _call(self, serve: Callable[[], int]) -> int:
+        """Let librdkafka tell its news. Raises RetryError with another producer where this one has given up for good.
+
+        A fatal error is raised by whatever asks for news; where `_failed` is told of a record first, it fails with that
+        error pending, and what is raised is a SystemError for it.
+        """
+        try:
+            return serve()
+        except (KafkaException, SystemError) as error:
+            fatal = error if isinstance(error, KafkaException) else error.__cause__
+            if not isinstance(fatal, KafkaException):
+                raise
+            self._renew(_DISAGREES)
+            raise RetryError(f"{self._sent_to} did not take a record: {fatal.args[0].str()}") from None
+
+    def _raise_if_passing(self, topic: str, error: KafkaError) -> None:
+        """Raise RetryError where a record is refused at once that may be taken later."""
+        if error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own name
+            self._renew(_DISAGREES)
+        elif error.code() not in _MISSING:  # a topic that is missing was there at the start, and may be made again
+            return
+        raise RetryError(f"{topic} did not take a record: {error.str()}") from None
 
     def partitions(self, topic: str) -> int:
         """How many partitions the topic has. Raises RetryError."""
@@ -95,7 +119,7 @@ class Publisher:
         """
         began = time.monotonic()
         patience = seconds and max(seconds, min(2 * self._took, _MOST_SECONDS))
-        waiting = self._producer.flush(patience)
+        waiting = self._call(lambda: self._producer.flush(patience))
         if seconds:
             self._took = time.monotonic() - began
         failure, self._failure = self._failure, None
@@ -108,6 +132,9 @@ class Publisher:
     def _renew_if_lost(self) -> None:
         """What a lost producer holds goes with it: whoever is told of a RetryError sends it again."""
         if has_lost_brokers(self._producer, self._settings, self._sent_to):
-            self._producer = clients.producer(self._settings, self._failed, **self._own)
-            self._failure = None
-            _LOG.warning("producer made anew", why=WHY)
+            self._renew(WHY)
+
+    def _renew(self, why: str) -> None:
+        self._producer = clients.producer(self._settings, self._failed, **self._own)
+        self._failure = None
+        _LOG.warning("producer made anew", why=why)
