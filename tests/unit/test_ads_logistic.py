@@ -99,5 +99,16 @@ def test_calibration_mends_probabilities_that_are_twice_too_sure() -> None:
     assert float(scaling(torch.from_numpy(2 * true + 1)).mean()) == pytest.approx(labels.mean(), abs=0.005)
 
 
+def test_another_heads_logits_keep_the_slope_and_get_the_intercept_that_they_need() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(-3, 1, 20_000)
+    labels = torch.from_numpy((rng.random(20_000) < 1 / (1 + np.exp(-true))).astype(float))
+    logits = torch.from_numpy(true + 1.5)
+    scaling = Platt(0.8, 0.5).recentred(logits, labels)
+    assert scaling.slope == pytest.approx(0.8, abs=1e-5)
+    assert float(scaling(logits).mean()) == pytest.approx(float(labels.mean()), rel=0.005)
+    assert Platt(0.8, 0.5).recentred(logits[:0], labels[:0]) == Platt(0.8, 0.5)
+
+
 def test_calibration_without_labels_changes_nothing() -> None:
     assert Platt.fit(torch.zeros(0), torch.zeros(0)) == Platt()

@@ -17,7 +17,7 @@ from innerloop.learning.ads.attribution import DAY, HOUR, NEVER
 from innerloop.learning.ads.click_log import Histories, adapted, own_columns, rows_of
 from innerloop.learning.ads.figures import auc, calibration_error
 from innerloop.learning.ads.served import past_of
-from innerloop.learning.ads.teaching import learn_ads, log_of
+from innerloop.learning.ads.teaching import _final_clicks, learn_ads, log_of
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer
@@ -120,6 +120,24 @@ def test_served_probabilities_are_calibrated_on_later_clicks(release: Release) -
     for category, rate in enumerate(_RATES):
         mine = torch.from_numpy(log.items[asked] % _CATEGORIES == category)
         assert float(p[mine].mean()) == pytest.approx(rate, abs=0.12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_short_history_promises_no_more_purchases_than_there_were(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration is learned with a head that saw a part of it, and lay elsewhere."""
+    monkeypatch.setitem(globals(), "_RATES", (0.01, 0.02, 0.04, 0.08))
+    history = _history(4_000, days=4, seed=seed)
+    names = [f"i{item:02}" for item in range(_ITEMS)]
+    categories, of_item = [f"c{n}" for n in range(_CATEGORIES)], torch.arange(_ITEMS) % _CATEGORIES
+    encoder = Encoder(names, torch.zeros(_ITEMS, 3), categories, torch.zeros(_CATEGORIES, 1), of_item)
+    model, _ = learn_ads(history, encoder, capacity=32, seed=0)
+    assert model is not None
+    assert model.head is not None
+    clicks = _final_clicks(log_of(history, encoder), DAY, 32, 0)
+    assert clicks is not None
+    newest = slice(round(0.7 * len(clicks.labels)), None)
+    promised = model.head.calibration(clicks.logits(model.head, newest))
+    assert float(promised.sum()) == pytest.approx(float(clicks.labels[newest].sum()), rel=0.1)
 
 
 def test_the_card_tells_how_good_the_probabilities_were(release: Release) -> None:

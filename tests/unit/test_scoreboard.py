@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import bootstrap
 
+from innerloop.evaluation.conversion.statistics import CalibrationError
 from innerloop.evaluation.metrics import auc
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.report import Report, _figures
@@ -206,6 +207,34 @@ def test_draws_without_a_positive_do_not_spoil_the_interval() -> None:
     given = Outcome(np.arange(4), frozenset(), labels=labels, predictions={"default": labels}, pooled={"auc": auc})
     row = found(given)["default", "auc", "all"]
     assert [row.value, row.low, row.high] == [1.0, 1.0, 1.0]
+
+
+def test_what_does_not_exist_in_a_slice_has_no_row_there() -> None:
+    labels = np.array([0.0, 1.0] * 50 + [0.0] * 20)
+    given = Outcome(
+        users=np.arange(120) // 4,
+        baselines=frozenset(),
+        labels=labels,
+        predictions={arm: np.random.default_rng(seed).random(120) for seed, arm in enumerate(("default", "none"))},
+        pooled={"auc": auc},
+        slices={"unsold": np.arange(120) >= 100},
+    )
+    assert {key[2] for key in found(given)} == {"all"}
+    assert all(np.isfinite([row.value, row.low, row.high]).all() for row in rows(given, draws=50))
+
+
+def test_an_interval_holds_its_figure() -> None:
+    """A calibration error near 0 is larger of users that are drawn again, whoever they are."""
+    given = Outcome(
+        users=np.arange(2_000),
+        baselines=frozenset(),
+        labels=np.asarray(np.arange(2_000) % 4 == 0, float),
+        predictions={"default": np.full(2_000, 0.25)},
+        pooled={"calibration-error": CalibrationError()},
+    )
+    row = found(given)["default", "calibration-error", "all"]
+    assert row.low == row.value
+    assert row.high > row.value
 
 
 def test_a_baseline_without_a_figure_is_never_the_best() -> None:

@@ -35,7 +35,8 @@ def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
     The slice `all` is every moment, unless the outcome has a slice of that name. A difference's arm is written
     `default - none`. There is one to `none` for each arm that is no baseline, one to the best baseline for each of
     those but the controls, and those that the outcome names; the best baseline is the one best in that metric and
-    slice. A difference is of the moments at which both arms were asked.
+    slice. A difference is of the moments at which both arms were asked. A figure that does not exist in a slice, such
+    as an AUC without a positive, has no row.
     """
     everything = {"all": np.ones(len(outcome.users), bool), **outcome.slices}
     found: list[Row] = []
@@ -43,7 +44,7 @@ def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
         if chosen.any():
             figures = _means(outcome, chosen, draws, seed) | _pooled(outcome, chosen, draws, seed)
             figures |= _differences(outcome, chosen, figures, draws, seed)
-            found += [_row(arm, metric, name, figure) for (arm, metric), figure in figures.items()]
+            found += [_row(arm, metric, name, figure) for (arm, metric), figure in figures.items() if figure.exists]
     return found
 
 
@@ -57,6 +58,10 @@ class _Figure:
     @property
     def value(self) -> float:
         return float(self.draws[0])
+
+    @property
+    def exists(self) -> bool:
+        return bool(np.isfinite(self.draws[0]))
 
 
 _Figures = dict[tuple[str, str], _Figure]
@@ -112,10 +117,13 @@ def _best_baseline(outcome: Outcome, metric: str, figures: _Figures) -> str:
 
 
 def _row(arm: str, metric: str, name: str, figure: _Figure) -> Row:
-    """Draws in which the figure doesn't exist (an AUC without a positive) are left out."""
+    """Draws in which the figure doesn't exist are left out.
+
+    The interval holds the figure itself: of a calibration error, which drawing users again makes larger, it may not.
+    """
     known = figure.draws[1:][~np.isnan(figure.draws[1:])]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return Row(arm, metric, name, figure.value, float(low), float(high), figure.n)
+    low, high = np.quantile(known, [0.025, 0.975]).tolist() if len(known) else (figure.value, figure.value)
+    return Row(arm, metric, name, figure.value, min(low, figure.value), max(high, figure.value), figure.n)
 
 
 def _means(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:

@@ -110,11 +110,18 @@ class _Foretold:
 
     def calibrations(self, some: slice) -> tuple[Platt, Platt]:
         """Fitted on some of them: the click's on all of these, the purchase's on the clicked ones."""
-        click = Platt.fit(self.click[some], self.clicked[some])
+        return Platt.fit(self.click[some], self.clicked[some]), Platt.fit(*self._of_clicked(some))
+
+    def recentred(self, click: Platt, purchase: Platt) -> tuple[Platt, Platt]:
+        """Calibrations of a head learned on less, as these logits need them."""
+        return click.recentred(self.click, self.clicked), purchase.recentred(*self._of_clicked(slice(None)))
+
+    def _of_clicked(self, some: slice) -> tuple[Tensor, Tensor]:
+        """Of those that were clicked the purchase's logits and labels; none where purchases aren't learned."""
         if self.purchase is None:
-            return click, Platt()
+            return self.click[:0], self.clicked[:0]
         logits, bought = (part[some][self.clicked[some] > 0] for part in self.purchase)
-        return click, Platt.fit(logits, bought)
+        return logits, bought
 
 
 def learn_clicks(
@@ -151,13 +158,12 @@ def learn_clicks(
         return None, {}
     early = known.fit(slice(0, before))
     early = early.with_variance(_best_variance(early, known, slice(cut, middle)))
-    foretold = _Foretold.by(early, known, slice(cut, None))
-    click, purchase = foretold.calibrations(slice(None))
-    head = replace(
-        known.fit(slice(None)).with_variance(float(early.own_variances[0])),
-        click_calibration=click,
-        purchase_calibration=purchase,
-    )
+    held_out = slice(cut, None)
+    foretold = _Foretold.by(early, known, held_out)
+    head = known.fit(slice(None)).with_variance(float(early.own_variances[0]))
+    # How steep they are is told by a head that hadn't seen these impressions, where they lie by the one that is kept.
+    click, purchase = _Foretold.by(head, known, held_out).recentred(*foretold.calibrations(slice(None)))
+    head = replace(head, click_calibration=click, purchase_calibration=purchase)
     return _model(known.log, head, encoder), _figures(foretold, middle - cut)
 
 
