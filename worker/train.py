@@ -68,6 +68,8 @@ def _train(settings: Settings, source: Source, checkpoint: Path | None) -> None:
     release, location = train_release(settings, engine, events, checkpoint, items)
     metrics = ", ".join(f"{name} {_written(value)}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
+    if release.ranker is None:
+        Console().print("It has no ranker, for which there are too few events yet: its lists are the head's alone.")
 
 
 def _written(value: float) -> str:

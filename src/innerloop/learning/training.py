@@ -50,7 +50,7 @@ from innerloop.learning.transitions import Transitions
 Progress = Callable[[str, float], None]
 
 _HELD_OUT = 0.3
-_LEAST_EVENTS = 100
+LEAST_EVENTS = 100
 _SELECTION_TASKS, _FINAL_TASKS = 500, 4_000
 _SAMPLE = 2_000
 _NEGATIVES = 128
@@ -187,8 +187,8 @@ class _Lesson:
         capacity: int,
         items: pl.DataFrame | None = None,
     ) -> None:
-        if history.height < _LEAST_EVENTS:
-            raise SettingsError(f"The history has {history.height} events; training needs {_LEAST_EVENTS} or more.")
+        if history.height < LEAST_EVENTS:
+            raise SettingsError(f"The history has {history.height} events; training needs {LEAST_EVENTS} or more.")
         self.told, self.settings, self.weights, self.capacity = history, settings, weights, capacity
         self.random = torch.Generator().manual_seed(settings.seed)
         self.history = history if items is None else with_categories(history, items)

@@ -26,6 +26,7 @@ from innerloop.evaluation.stream.served import School, Served, judged
 from innerloop.events import CODES
 from innerloop.learning.releases import Release
 from innerloop.learning.stream_log import StreamLog, stream_of
+from innerloop.learning.training import LEAST_EVENTS
 from innerloop.trends import SAME_VISIT_MS
 
 
@@ -107,7 +108,7 @@ def run(
         options = replace(options, train_every_hours=math.inf)
     table = read_table(data, history=history, columns=columns)
     log = stream_of(table.events, seed=seed)
-    start = table.own_from if history is not None else _warm_up(log, options)
+    start = _enough(table.own_from if history is not None else _warm_up(log, options), log)
     rows = moments(log, options, start)
     school = School(table.events, options, seed, None if items is None else read_items(items, set(log.item_ids)))
     release = school.release(start, lambda what, share: tell(what, 0.2 * share))
@@ -120,6 +121,7 @@ def run(
     facts: dict[str, object] = {
         "trained_on": release.card.data.events,
         "trained_again": served.trained_again,
+        "ranker": "with each release" if release.ranker else "none in the first release: too few events to teach it",
         "described_items": len(release.encoder.described_ids),
         "warm_up": f"the {start} events of --history" if history is not None else start,
         "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
@@ -133,6 +135,16 @@ def run(
             answers[f"{name}, newest state"] = np.where(heard.newest, answers[name], -1)
         facts["through_kafka"] = heard.facts
     return _outcome(log, rows, options, answers=answers, release=release, facts=facts)
+
+
+def _enough(start: int, log: StreamLog) -> int:
+    """The row from which on is judged. Raises SettingsError where too few come before it to train on."""
+    if start < LEAST_EVENTS:
+        raise SettingsError(
+            f"Of {len(log)} events {start} come before the first that is judged, and training needs {LEAST_EVENTS} or "
+            "more: give a longer file, earlier events with --history, or a longer --warm-up."
+        )
+    return start
 
 
 def _warm_up(log: StreamLog, options: StreamOptions) -> int:
