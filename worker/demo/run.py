@@ -139,7 +139,9 @@ class _Demo:
         self._subscriber.start()
         pool = self._pool()
         try:
-            self._wait_for_members(pool)
+            self._wait_for_members(
+                pool, lambda ready: console.print(f"== ready: {ready} {_since(started)}", highlight=False)
+            )
             stopping = stop_on_signals()
             console.print(f"== the loop runs {_since(started)}{self._page_sentence()}", highlight=False)
             began = time.monotonic()
@@ -177,17 +179,20 @@ class _Demo:
     def _page_sentence(self) -> str:
         return "" if self._page is None else f": look at http://{self._settings.console.host}:{self._page}/"
 
-    def _wait_for_members(self, pool: Pool) -> None:
-        """Wait until both groups own all their partitions, and quality and the page answer.
+    def _wait_for_members(self, pool: Pool, tell: Callable[[str], None]) -> None:
+        """Wait until both groups own all their partitions, and quality and the page answer; `tell` hears who is ready.
 
         The clock of latency should not run while processes start.
         """
-        groups = {self._settings.kafka.ingest_group: 1, self._settings.kafka.adapt_group: self._workers}
-        until = time.monotonic() + 60
-        while not (
-            all(self._assigned(group) >= members for group, members in groups.items())
-            and all(map(answers, self._probes))
-        ):
+        kafka, until, told = self._settings.kafka, time.monotonic() + 60, ""
+        wanted = {"ingest": (kafka.ingest_group, 1), "adapt": (kafka.adapt_group, self._workers)}
+        while True:
+            ready = {name: self._assigned(group) for name, (group, _) in wanted.items()}
+            said = ", ".join(f"{ready[name]} of {members} {name}" for name, (_, members) in wanted.items())
+            if any(ready.values()) and said != told:
+                tell(told := said)
+            if all(ready[name] >= members for name, (_, members) in wanted.items()) and all(map(answers, self._probes)):
+                return
             if pool.look() or time.monotonic() > until:
                 raise ServiceError(f"The workers did not start. The end of their log:\n{self._end_of_log()}")
             time.sleep(0.1)
