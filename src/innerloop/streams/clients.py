@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,7 +187,8 @@ def admin(settings: KafkaSettings) -> AdminClient:
 def require_broker(settings: KafkaSettings, seconds: float = 10.0) -> None:
     """Raise ServiceError unless a broker answers within `seconds`; at once when it answers with a refusal."""
     refusals: list[KafkaError] = []
-    client = _made(AdminClient, {**properties(settings), "error_cb": refusals.append})
+    # It says nothing by itself: the sentence has the reason.
+    client = _made(AdminClient, {**properties(settings), "error_cb": refusals.append, "log_level": 0})
     deadline, patience = time.monotonic() + seconds, 0.5
     while (failure := _asked(client, min(patience, deadline - time.monotonic()))) is not None:
         patience *= 2
@@ -196,9 +197,18 @@ def require_broker(settings: KafkaSettings, seconds: float = 10.0) -> None:
                 raise ServiceError(sentence(settings, refusal))
         if time.monotonic() > deadline - 0.01:
             raise ServiceError(
-                f"No Kafka broker answers at {settings.bootstrap_servers} ({failure.str()}): "
+                f"No Kafka broker answers at {settings.bootstrap_servers} ({_why(refusals, failure)}): "
                 "start it, or correct INNERLOOP_KAFKA__BOOTSTRAP_SERVERS."
             )
+
+
+def _why(heard: Sequence[KafkaError], failure: KafkaError) -> str:
+    """Of what a client has heard of its connections the first, without address and state; else the failure itself."""
+    codes = (KafkaError._RESOLVE, KafkaError._TRANSPORT)  # noqa: SLF001 - librdkafka's own names
+    for error in heard:
+        if error.code() in codes:
+            return error.str().partition("/bootstrap: ")[2].partition(" (after ")[0] or error.str()
+    return failure.str()
 
 
 def _asked(client: AdminClient, seconds: float) -> KafkaError | None:
