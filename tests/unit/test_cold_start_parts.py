@@ -96,6 +96,40 @@ def test_ratings_that_cannot_be_used_are_refused(tmp_path: Path, table: pl.DataF
         read_rating_data(folder(tmp_path, meta_training=table))
 
 
+@pytest.mark.parametrize("name", ["user_id", "item_id", "rating"])
+def test_lists_are_refused_by_the_name_of_their_column(tmp_path: Path, name: str) -> None:
+    listed = RATINGS.with_columns(pl.concat_list(name).alias(name))
+    with pytest.raises(SettingsError, match=f"more than one value in a row of {name}"):
+        read_rating_data(folder(tmp_path, meta_training=listed))
+
+
+def test_lists_are_refused_as_users_too(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="more than one value in a row of user_id"):
+        read_rating_data(folder(tmp_path, users=pl.DataFrame({"user_id": [[2], [10]]})))
+
+
+def test_a_user_without_a_number_is_none(tmp_path: Path) -> None:
+    gap = RATINGS.with_columns(user_id=pl.Series([2.0, float("nan"), 10.0, 10.0]))
+    with pytest.raises(SettingsError, match="1 rows without"):
+        read_rating_data(folder(tmp_path, meta_training=gap))
+    found = read_rating_data(folder(tmp_path, users=pl.DataFrame({"user_id": [2.0, float("nan"), 10.0]})))
+    assert found.user_ids == ["10", "11", "2"]
+
+
+def test_numbers_that_turn_into_text_late_are_text(tmp_path: Path) -> None:
+    items = [*map(str, range(10_050)), "x50211"]
+    folder(tmp_path)
+    (tmp_path / "items.parquet").unlink()
+    (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"{item}\n" for item in items))
+    assert read_rating_data(tmp_path).item_ids == sorted(items)
+
+
+def test_an_ending_may_be_in_capitals(tmp_path: Path) -> None:
+    for path in folder(tmp_path).iterdir():
+        path.rename(path.with_suffix(".PARQUET"))
+    assert list(read_rating_data(tmp_path).tests) == ["user_cold"]
+
+
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (folder(tmp_path) / "users.parquet").write_bytes(b"nonsense")
     with pytest.raises(SettingsError, match="cannot be read"):

@@ -164,6 +164,29 @@ def test_what_is_served_was_learned_before_its_day_and_knows_nothing_of_others_s
     assert (found[0][~first_day] != found[1][~first_day]).any()
 
 
+def test_the_order_of_rows_says_nothing_and_the_seed_shuffles_what_is_of_one_time(tmp_path: Path) -> None:
+    table = _events().with_columns(pl.col("ts_ms") // _DAY * _DAY)
+    table.write_parquet(tmp_path / "a.parquet")
+    table.sample(fraction=1.0, shuffle=True, seed=5).write_parquet(tmp_path / "b.parquet")
+    first, again, other = (
+        read_log(tmp_path / f"{name}.parquet", window=_DAY, seed=seed) for name, seed in (("a", 1), ("b", 1), ("a", 2))
+    )
+    for column in ("users", "items", "categories", "kinds", "times"):
+        np.testing.assert_array_equal(getattr(first, column), getattr(again, column))
+    np.testing.assert_array_equal(first.times, other.times)
+    assert (first.items != other.items).any()
+    assert (np.diff(first.users[first.times == first.times[0]]) < 0).any()  # not as they are sorted
+
+
+def test_what_comes_later_changes_nothing_of_the_order_before_it(tmp_path: Path) -> None:
+    table = _events().with_columns(pl.col("ts_ms") // _DAY * _DAY)
+    table.write_parquet(tmp_path / "a.parquet")
+    table.filter(pl.col("ts_ms") < pl.col("ts_ms").max()).write_parquet(tmp_path / "b.parquet")
+    whole, early = (read_log(tmp_path / f"{name}.parquet", window=_DAY) for name in "ab")
+    assert 0 < len(early.items) < len(whole.items)
+    np.testing.assert_array_equal(whole.items[: len(early.items)], early.items)
+
+
 def test_what_is_known_of_an_item_is_what_a_loop_over_strictly_earlier_events_finds(file: Path) -> None:
     log = read_log(file, window=_DAY)
     at = log.clicks[::37]

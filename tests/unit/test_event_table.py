@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,11 +59,54 @@ def test_times_of_every_kind_become_milliseconds(tmp_path: Path, name: str, valu
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("fav", "favorite"), ("add_to_cart", "cart"), ("View_Item", "click"), ("buy", "purchase"), ("refund", "refund")],
+    [
+        ("fav", "favorite"),
+        ("add_to_cart", "cart"),
+        ("add to cart", "cart"),
+        ("Add-To-Cart", "cart"),
+        ("View_Item", "click"),
+        ("buy", "purchase"),
+        ("refund", "refund"),
+        ("asked-for a refund", "asked-for a refund"),
+    ],
 )
 def test_kinds_of_events_get_our_names(tmp_path: Path, theirs: str, ours: str) -> None:
     table = read_events(_written(tmp_path, "e.csv", _events(event_type=[theirs, theirs])))
     assert table["event_type"].to_list() == [ours, ours]
+
+
+@pytest.mark.parametrize("whose", ["user_id", "item_id", "category_id", "event_type", "price"])
+@pytest.mark.parametrize("values", [[["a", "b"], ["c"]], [{"of": 1}, {"of": 2}]])
+def test_lists_and_structs_are_refused_by_the_name_of_their_column(
+    tmp_path: Path, whose: str, values: list[object]
+) -> None:
+    path = _written(tmp_path, "e.parquet", _events(**{whose: values}))
+    with pytest.raises(SettingsError, match=f"more than one value in a row of {whose}: give text or a number"):
+        read_events(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_numbers_that_turn_into_text_late_are_text(tmp_path: Path, suffix: str) -> None:
+    items = [*map(str, range(10_050)), "x50211"]
+    path = _written(tmp_path, f"late{suffix}", pl.DataFrame({"user_id": 1, "item_id": items, "ts_ms": MOMENT}))
+    path.write_text(re.sub(r'"(\d+)"', r"\1", path.read_text()))  # numbers as such
+    assert read_events(path)["item_id"].to_list() == items
+
+
+def test_a_number_that_is_none_is_no_identifier(tmp_path: Path) -> None:
+    path = _written(tmp_path, "e.parquet", _events(user_id=[12.0, float("nan")]))
+    with pytest.raises(SettingsError, match="1 rows without a usable user_id"):
+        read_events(path)
+    path = _written(tmp_path, "e.parquet", _events(ad_id=[12.0, float("nan")], category=[1e300, 2.5]))
+    table = read_events(path)
+    assert table["ad_id"].to_list() == [None, "12"]
+    assert [float(name) for name in table["category"]] == [2.5, 1e300]
+
+
+def test_a_day_is_its_midnight(tmp_path: Path) -> None:
+    path = _written(tmp_path, "e.csv", _events(ts_ms=["2017-12-31", "2017-12-31T00:00:01Z"]))
+    midnight = MOMENT - MOMENT % 86_400_000
+    assert read_events(path)["event_time"].to_list() == [midnight, midnight + 1000]
 
 
 def test_without_a_kind_events_are_clicks(tmp_path: Path) -> None:

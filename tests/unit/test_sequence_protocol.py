@@ -155,7 +155,9 @@ def test_items_at_one_position_are_shuffled_by_the_seed(tmp_path: Path) -> None:
     ("table", "sentence"),
     [
         (pl.DataFrame({"user_id": [1], "position": [0]}), "item_id"),
-        (pl.DataFrame({"user_id": [1], "item_id": [0]}), "event_time"),
+        (pl.DataFrame({"user_id": [1], "item_id": [0]}), "event_time or position: map one with --column .*position"),
+        (pl.DataFrame({"user_id": [1], "position": [None], "item_id": [0]}), "1 rows without a usable position"),
+        (pl.DataFrame({"user_id": [1], "position": ["first"], "item_id": [0]}), "1 rows without a usable position"),
         (pl.DataFrame({"user_id": [1, 2], "position": [0, 0], "item_id": [1, 1]}), "no user with two items"),
         (pl.DataFrame(schema={"user_id": pl.Int64, "position": pl.Int64, "item_id": pl.Int64}), "is empty"),
         (pl.DataFrame({"user_id": [1, 1], "position": [0, None], "ts": [1, 2], "item_id": [1, 2]}), "usable position"),

@@ -147,6 +147,60 @@ def test_a_csv_with_bars_between_the_impressions_gives_the_same(file: Path, tmp_
     np.testing.assert_array_equal(first.means["default"]["mrr"], again.means["default"]["mrr"])
 
 
+def test_a_folder_may_have_files_of_several_kinds(file: Path, tmp_path: Path) -> None:
+    """A list here, text with bars there; numbers for names here, numbers with gaps there; and looks of their own."""
+    table, folder = _log(), tmp_path / "folder"
+    folder.mkdir()
+    looks, chosen = table.filter(pl.col("step") < 3), table.filter(pl.col("step") == 3)
+    looks.drop("impressions", "prices").write_parquet(folder / "looks.parquet")
+    chosen.head(40).with_columns(pl.col("user_id").cast(pl.Float64)).write_parquet(folder / "lists.parquet")
+    bars = (pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in ("impressions", "prices"))
+    chosen.slice(40).with_columns(bars).rename({"ts_ms": "timestamp"}).write_csv(folder / "bars.csv")
+    first, again = read_log(file), read_log(folder)
+    for column in ("users", "sessions", "times", "actions", "items", "contexts"):
+        np.testing.assert_array_equal(getattr(first, column), getattr(again, column))
+    assert [shown.tolist() for shown in first.shown] == [shown.tolist() for shown in again.shown]
+    assert [prices.tolist() for prices in first.prices] == [prices.tolist() for prices in again.prices]
+
+
+def test_numbers_that_turn_into_text_late_are_text(tmp_path: Path) -> None:
+    late = pl.when(pl.col("session_id") == 3_400).then(pl.lit("x50211")).otherwise(pl.col("item_id").cast(pl.String))
+    bars = (pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in ("impressions", "prices"))
+    _log(3_401).with_columns(*bars, late.alias("item_id")).write_csv(tmp_path / "late.csv")
+    assert len(read_log(tmp_path / "late.csv")) == 3 * 3_401
+
+
+@pytest.mark.parametrize("whose", ["user", "session"])
+@pytest.mark.parametrize("gap", [None, float("nan")])
+def test_an_action_of_nobody_or_no_session_is_refused(tmp_path: Path, whose: str, gap: float | None) -> None:
+    name = f"{whose}_id"
+    hole = pl.when(pl.col("step") == 2).then(pl.lit(gap, pl.Float64)).otherwise(name)
+    _log(30).with_columns(hole.alias(name)).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(SettingsError, match=f"30 actions without a {whose}: remove them, or give every action one"):
+        read_log(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("between", [",", " ", ", ", ";"])
+def test_impressions_with_another_separator_are_refused_with_the_right_one(tmp_path: Path, between: str) -> None:
+    joined = pl.col("impressions").cast(pl.List(pl.String)).list.join(between)
+    one = pl.when(pl.col("session_id") % 4 == 0).then(pl.col("item_id").cast(pl.String)).otherwise(joined)
+    one = pl.when(pl.col("impressions").is_null()).then(None).otherwise(one)
+    for name, text in (("all", joined), ("most", one), ("brackets", pl.format("[{}]", joined))):
+        table = _log(120).with_columns(text.alias("impressions")).drop("prices")
+        table.write_csv(tmp_path / f"{name}.csv")
+        with pytest.raises(SettingsError, match=r"has 120 rows with impressions, and in \d+ the .* `\|` between"):
+            read_log(tmp_path / f"{name}.csv")
+
+
+def test_lists_in_lists_and_lists_for_names_are_refused(tmp_path: Path) -> None:
+    deep = _log(30).with_columns(pl.col("impressions").list.eval(pl.concat_list(pl.element())))
+    deep.write_parquet(tmp_path / "deep.parquet")
+    _log(30).with_columns(pl.concat_list("item_id").alias("item_id")).write_parquet(tmp_path / "item.parquet")
+    for file, name in (("deep", "impressions"), ("item", "item_id")):
+        with pytest.raises(SettingsError, match=f"more than one value in a row of {name}"):
+            read_log(tmp_path / f"{file}.parquet")
+
+
 def test_only_what_must_be_there_must_be_there(tmp_path: Path) -> None:
     _log().drop("prices", "platform", "device", "step").write_ndjson(tmp_path / "bare.jsonl")
     assert len(slate.run(tmp_path / "bare.jsonl", seed=0, tell=_tell).users) == 60

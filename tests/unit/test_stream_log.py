@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import polars as pl
@@ -179,6 +180,22 @@ def test_a_folders_files_are_one_stream(tmp_path: Path) -> None:
     log = stream_of(read_table(tmp_path).events)
     assert (log.times - log.times[0]).tolist() == [0, 1, 2, 3]
     assert [log.item_ids[item] for item in log.items] == ["i0", "i2", "i3", "i1"]
+
+
+@given(EVENTS, st.integers(0, 3), st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_and_files_says_nothing(
+    tmp_path_factory: pytest.TempPathFactory, events: list[Event], seed: int, random: Random
+) -> None:
+    shuffled = random.sample(events, len(events))
+    folder = tmp_path_factory.mktemp("shuffled")
+    cut = len(shuffled) // 2
+    for name, some in (("a", shuffled[cut:]), ("b", shuffled[:cut])):
+        if some:
+            _write(folder / f"{name}.parquet", some)
+    whole = _write(tmp_path_factory.mktemp("whole") / "x.parquet", events)
+    first, again = (stream_of(read_table(path).events, seed=seed) for path in (whole, folder))
+    for column in ("users", "items", "kinds", "times"):
+        assert getattr(first, column).tolist() == getattr(again, column).tolist()
 
 
 def test_history_gives_only_what_is_before_the_data(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ and, where the file has them, session_id, category, currency, ad_id (String), pr
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -40,7 +40,7 @@ _REQUIRED = ("user_id", "item_id", "event_time")
 _NUMBERS: dict[str, pl.DataType] = {"price": pl.Float64(), "value": pl.Float64(), "quantity": pl.Int64()}
 _TYPES = {
     "click": ("click", "view", "pv", "view_item", "select_item", "product_view", "detail", "clickout_item"),
-    "cart": ("cart", "add_to_cart", "addtocart", "add-to-cart"),
+    "cart": ("cart", "add_to_cart", "addtocart"),
     "favorite": ("favorite", "favourite", "fav", "like", "add_to_wishlist", "wishlist"),
     "purchase": ("purchase", "buy", "transaction", "order", "checkout"),
     "impression": ("impression", "view_item_list", "view_promotion"),
@@ -49,6 +49,7 @@ _SYNONYMS = {name: kind for kind, names in _TYPES.items() for name in names}
 # Epoch numbers by size: seconds until the year 5138, then milliseconds, microseconds, nanoseconds.
 _SECONDS, _MILLISECONDS, _MICROSECONDS = 1e11, 1e14, 1e17
 _BEYOND = 2.0**63
+_INFERRED = 10_000  # rows that say a column's type; where they don't hold for the others, all rows are asked
 
 
 def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
@@ -59,35 +60,35 @@ def read_events(path: Path | str, *, columns: Mapping[str, str] | None = None) -
     Raises SettingsError when the file is missing or unreadable, or a column cannot be found or understood.
     """
     path = Path(path)
-    raw = read_table(path, "events")
-    found = find_columns(
-        raw,
-        columns or {},
-        path,
-        names=_NAMES,
-        required=_REQUIRED,
-        table="the event table",
-        advice="rename one" if columns is None else "map one with --column {}=NAME",
-    )
-    table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
-    table = _typed(table, path)
-    if "event_id" not in table.columns:
-        table = table.with_columns(_event_ids(table))
-    order = [name for name in _NAMES if name in table.columns]
-    return table.select(order).sort("event_time", maintain_order=True)
+    return _events(read_table(path, "events"), path, columns)
 
 
 def read_actions(path: Path | str, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
     """The same without impressions: what was shown is nothing that anybody did. Raises SettingsError likewise."""
-    return read_events(path, columns=columns).filter(pl.col("event_type") != IMPRESSION)
+    path = Path(path)
+    return actions_of(read_table(path, "events"), path, columns=columns)
+
+
+def actions_of(raw: pl.DataFrame, path: Path, *, columns: Mapping[str, str] | None = None) -> pl.DataFrame:
+    """The same of what was read from `path` with `read_table`. Raises SettingsError likewise."""
+    return _events(raw, path, columns).filter(pl.col("event_type") != IMPRESSION)
+
+
+def in_one_order(events: pl.DataFrame) -> pl.DataFrame:
+    """Sorted by event_time and, within a millisecond, by all else that is said: in whatever order the rows came.
+
+    The identifiers of events have no say: where a file has none they tell the number of the row.
+    """
+    first = ["event_time", "user_id", "item_id", "event_type"]
+    return events.sort(*first, *(name for name in events.columns if name not in (*first, "event_id")))
 
 
 def read_table(path: Path, what: str) -> pl.DataFrame:
     """Read a file of `what`, whatever its columns. Raises SettingsError when it is missing or unreadable."""
     readers = {
-        ".csv": lambda: pl.read_csv(path, infer_schema_length=10_000),
-        ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=10_000),
-        ".ndjson": lambda: pl.read_ndjson(path, infer_schema_length=10_000),
+        ".csv": lambda: _inferred(path, pl.read_csv),
+        ".jsonl": lambda: _inferred(path, pl.read_ndjson),
+        ".ndjson": lambda: _inferred(path, pl.read_ndjson),
         ".parquet": lambda: pl.read_parquet(path),
     }
     if not path.is_file():
@@ -98,6 +99,23 @@ def read_table(path: Path, what: str) -> pl.DataFrame:
         return readers[path.suffix.lower()]()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise SettingsError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}.") from None
+
+
+def _inferred(path: Path, read: Callable[..., pl.DataFrame]) -> pl.DataFrame:
+    """A column of numbers that turns into text further down is text from its first row on."""
+    try:
+        return read(path, infer_schema_length=_INFERRED)
+    except pl.exceptions.ComputeError:
+        return read(path, infer_schema_length=None)
+
+
+def event_columns(
+    raw: pl.DataFrame, mapped: Mapping[str, str] | None, path: Path, *, required: Sequence[str] = _REQUIRED
+) -> dict[str, str]:
+    """`find_columns` of the event table; nobody was asked for a map where it is None. Raises SettingsError likewise."""
+    advice = "rename one" if mapped is None else "map one with --column {}=NAME"
+    table = "the event table"
+    return find_columns(raw, mapped or {}, path, names=_NAMES, required=required, table=table, advice=advice)
 
 
 def find_columns(
@@ -129,6 +147,24 @@ def find_columns(
     return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
+def refuse_lists(raw: pl.DataFrame, names: Iterable[str], path: Path) -> None:
+    """Raises SettingsError when one of those columns has lists or structs."""
+    for name in names:
+        if raw[name].dtype.is_nested():
+            raise SettingsError(f"{path} has more than one value in a row of {name}: give text or a number.")
+
+
+def _events(raw: pl.DataFrame, path: Path, columns: Mapping[str, str] | None) -> pl.DataFrame:
+    found = event_columns(raw, columns, path)
+    refuse_lists(raw, found.values(), path)
+    table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
+    table = _typed(table, path)
+    if "event_id" not in table.columns:
+        table = table.with_columns(_event_ids(table))
+    order = [name for name in _NAMES if name in table.columns]
+    return table.select(order).sort("event_time", maintain_order=True)
+
+
 def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     kind = pl.lit("click") if "event_type" not in table.columns else _event_type()
     identifiers = [name for name in table.columns if name not in _NUMBERS and name not in ("event_time", "event_type")]
@@ -146,15 +182,24 @@ def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
 
 def _event_type() -> pl.Expr:
     name = pl.col("event_type").cast(pl.String).str.strip_chars().str.to_lowercase()
-    return name.replace(_SYNONYMS).fill_null("click")
+    known = name.str.replace_all(r"[\s-]+", "_")
+    return known.replace_strict(_SYNONYMS, default=name).fill_null("click")
 
 
 def identifiers_of(column: pl.Series) -> pl.Series:
-    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12."""
-    if column.dtype.is_float() and bool((column.drop_nulls() % 1 == 0).all()):
-        column = column.cast(pl.Int64)
+    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12. A gap, which NaN is too, is null."""
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+        if are_whole(column):
+            column = column.cast(pl.Int64)
     text = column.cast(pl.String)
     return text.replace("", None)
+
+
+def are_whole(numbers: pl.Series) -> bool:
+    """Whether floats, NaN and null apart, are whole numbers that 64 bits hold."""
+    known = numbers.fill_nan(None).drop_nulls()
+    return bool(((known % 1 == 0) & (known.abs() < _BEYOND)).all())
 
 
 def event_times(column: pl.Series, path: Path) -> pl.Series:
@@ -181,8 +226,9 @@ def event_times(column: pl.Series, path: Path) -> pl.Series:
 
 
 def _parsed(column: pl.Series, path: Path) -> pl.Series:
-    """RFC 3339 and its usual loosenings: a blank for the T, no offset (UTC), ` UTC` at the end."""
-    text = column.str.strip_chars().str.replace(r"\s*(UTC|Z|z)$", "+00:00").str.replace(" ", "T", literal=True)
+    """RFC 3339 and its usual loosenings: a blank for the T, no offset (UTC), ` UTC` at the end, a day for its start."""
+    text = column.str.strip_chars().str.replace(r"^(\d{4}-\d\d-\d\d)$", "${1}T00:00:00")
+    text = text.str.replace(r"\s*(UTC|Z|z)$", "+00:00").str.replace(" ", "T", literal=True)
     text = pl.select(
         pl.when(text.str.contains(r"[+-]\d\d:?\d\d$")).then(text).otherwise(text + "+00:00").alias(column.name)
     ).to_series()

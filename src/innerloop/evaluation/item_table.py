@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import find_columns, identifiers_of, read_table
+from innerloop.evaluation.event_table import find_columns, identifiers_of, read_table, refuse_lists
 
 _NAMES = {
     "item_id": ("item_id", "itemid", "product_id", "article_id", "sku"),
@@ -27,9 +27,7 @@ def read_items(path: Path | str, met: Collection[str] | None = None) -> pl.DataF
     found = find_columns(
         raw, {}, path, names=_NAMES, required=["item_id"], table="the table of items", advice="rename one"
     )
-    for theirs in found.values():
-        if raw[theirs].dtype.is_nested():
-            raise SettingsError(f"{path} has more than one value in a row of {theirs}: give text or a number.")
+    refuse_lists(raw, found.values(), path)
     if len(found) == 1:
         raise SettingsError(f"{path} says nothing of its items: it needs a column category, price, text or name.")
     identifiers = {name: identifiers_of(raw[found[name]]) for name in ("item_id", "category") if name in found}

@@ -17,7 +17,7 @@ from innerloop.errors import SettingsError
 from innerloop.evaluation.cold_start.arms import OURS, Arms
 from innerloop.evaluation.cold_start.baselines import RatingArm
 from innerloop.evaluation.cold_start.decision import DecisionRule, Prediction
-from innerloop.evaluation.cold_start.episodes import FEWEST, MOST, Episodes, draw_episodes, other_users
+from innerloop.evaluation.cold_start.episodes import FEWEST, MOST, QUERIES, Episodes, draw_episodes, other_users
 from innerloop.evaluation.cold_start.ratings import read_rating_data
 from innerloop.evaluation.cold_start.validation import Chosen, choose, learn_arms
 from innerloop.evaluation.metrics import ndcg_of_rows
@@ -37,9 +37,11 @@ def run(data: Path, *, seed: int, tell: Tell, steps: int = 200) -> Outcome:
     Slices: `all` is every test file under the main protocol (users with 13 to 100 ratings, all examples but the ten);
     `<file>` is that of one file, `<file> k=<k>` the same file's shot curve (every user with more than ten ratings, no
     more than k examples). `steps` are those of the heads that are meta-trained by gradient descent.
-    Raises SettingsError when the folder is not as it must be.
+    Raises SettingsError when the folder is not as it must be, or no user of a test file has more than ten ratings.
     """
     ratings = read_rating_data(data)
+    if not any(_asks(test) for test in ratings.tests.values()):
+        raise SettingsError("No test file has a user with more than ten ratings: give some more of their ratings.")
     recipe = Recipe(seed=seed, steps=steps)
     chosen = choose(ratings, recipe, _share_of(tell, 0.0, _CHOOSING))
     arms = learn_arms(ratings, chosen, recipe, _share_of(tell, _CHOOSING, _LEARNING))
@@ -51,6 +53,11 @@ def run(data: Path, *, seed: int, tell: Tell, steps: int = 200) -> Outcome:
             table.add(part, arms, chosen)
     facts = {"trained on": _size(ratings.training)} | {name: _size(test) for name, test in ratings.tests.items()}
     return table.outcome(arms, chosen, facts)
+
+
+def _asks(test: Ratings) -> bool:
+    """Whether any of its users has more ratings than there are to foresee."""
+    return int(np.unique(test.users, return_counts=True)[1].max(initial=0)) > QUERIES
 
 
 def _size(ratings: Ratings) -> dict[str, int]:
@@ -113,8 +120,6 @@ class _Table:
             mine.setdefault(metric, []).append(values)
 
     def outcome(self, arms: Arms, chosen: Chosen, facts: Mapping[str, object]) -> Outcome:
-        if not self._users:
-            raise SettingsError("No test file has a user with more than ten ratings: give some more of their ratings.")
         names = np.array(self._slices)
         main = np.concatenate(self._main)
         slices = {"all": main} | {name: names == name for name in dict.fromkeys(self._slices)}

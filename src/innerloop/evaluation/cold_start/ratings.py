@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import identifiers_of, read_table, refuse_lists
 from innerloop.learning.rating_model import Ratings
 
 _SUFFIXES = (".parquet", ".csv")
@@ -66,17 +67,16 @@ def _test_names(folder: Path) -> list[str]:
 
 
 def _only(folder: Path, stem: str) -> Path:
+    found = [path for path in sorted(folder.iterdir()) if path.stem == stem and path.is_file()]
     for suffix in _SUFFIXES:
-        if (path := folder / f"{stem}{suffix}").is_file():
-            return path
+        for path in found:
+            if path.suffix.lower() == suffix:
+                return path
     raise SettingsError(f"{folder} has no {stem}.parquet or {stem}.csv: a folder of ratings needs it.")
 
 
 def _read(path: Path) -> pl.DataFrame:
-    try:
-        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema_length=10_000)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise SettingsError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}.") from None
+    table = read_table(path, "ratings")
     if table.is_empty():
         raise SettingsError(f"{path} has no rows: give it some or take it away.")
     return table
@@ -85,13 +85,13 @@ def _read(path: Path) -> pl.DataFrame:
 def _entities(folder: Path, stem: str, key: str) -> pl.DataFrame:
     path = _only(folder, stem)
     table = _with_columns(_read(path), (key,), path)
-    return table.with_columns(_identifier(table[key])).drop_nulls(key)
+    return table.with_columns(identifiers_of(table[key])).drop_nulls(key)
 
 
 def _ratings(path: Path) -> pl.DataFrame:
     table = _with_columns(_read(path), _COLUMNS, path)
     rating = table["rating"].cast(pl.Float64, strict=False)
-    table = table.select(_identifier(table["user_id"]), _identifier(table["item_id"]), rating)
+    table = table.select(identifiers_of(table["user_id"]), identifiers_of(table["item_id"]), rating)
     whole = table.filter(
         pl.col("rating").is_finite() & pl.col("user_id").is_not_null() & pl.col("item_id").is_not_null()
     )
@@ -104,14 +104,8 @@ def _with_columns(table: pl.DataFrame, names: Sequence[str], path: Path) -> pl.D
     for name in names:
         if name not in table.columns:
             raise SettingsError(f"{path} has the columns {', '.join(table.columns)}, but no {name}: add or rename it.")
+    refuse_lists(table, names, path)
     return table
-
-
-def _identifier(column: pl.Series) -> pl.Series:
-    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12."""
-    if column.dtype.is_float() and bool((column.drop_nulls() % 1 == 0).all()):
-        column = column.cast(pl.Int64)
-    return column.cast(pl.String).replace("", None)
 
 
 def _everyone(key: str, tables: Sequence[pl.DataFrame]) -> pl.Series:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_actions
+from innerloop.evaluation.event_table import in_one_order, read_actions
 from innerloop.evaluation.outcome import Ints
 from innerloop.learning.ads.attribution import attribute
 from innerloop.learning.ads.click_log import ConversionLog
@@ -17,10 +17,11 @@ _OTHER = len(KINDS)
 _SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
-def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = None) -> ConversionLog:
+def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = None, seed: int = 0) -> ConversionLog:
     """Read a file of events, or every such file of a folder; the attribution window in ms.
 
-    `columns` maps names, as in `event_table.read_events`.
+    `columns` maps names, as in `event_table.read_events`. Events of one millisecond are shuffled, the same for the same
+    seed: the order of the rows says nothing.
 
     Raises SettingsError without clicks or without purchases.
     """
@@ -28,7 +29,7 @@ def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = Non
     if not files:
         raise SettingsError(f"{path} holds no file of events: name a CSV, JSONL or Parquet file.")
     table = pl.concat([read_actions(file, columns=columns) for file in files], how="diagonal_relaxed")
-    table = table.sort("event_time", maintain_order=True)
+    table = _shuffled(in_one_order(table), seed)
     kinds = np.array([KINDS.index(k) if k in KINDS else _OTHER for k in table["event_type"].to_list()], np.int64)
     for kind in ("click", "purchase"):
         if not (kinds == KINDS.index(kind)).any():
@@ -38,6 +39,11 @@ def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = Non
     times = table["event_time"].to_numpy()
     attribution = attribute(users, items, times, kinds == 0, kinds == KINDS.index("purchase"), window=window)
     return ConversionLog(users, items, categories, kinds, times, attribution)
+
+
+def _shuffled(table: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """Events of one time in random order; what comes later has no say in it, as the first numbers stay the same."""
+    return table[np.lexsort((np.random.default_rng(seed).random(table.height), table["event_time"].to_numpy()))]
 
 
 def _codes(column: pl.Series) -> Ints:

@@ -81,7 +81,7 @@ def run(
         raise SettingsError(f"The attribution window is {window_hours} h: give a millisecond to a year (8760 h).")
     window = int(window_hours * HOUR)
     tell("reading", 0.0)
-    log = read_log(data, window=window, columns=columns)
+    log = read_log(data, window=window, columns=columns, seed=seed)
     cut = int(log.times[0] + train_share * (log.times[-1] - log.times[0]))
     case = _Case.of(log, cut, window, data)
     tell("counting", 0.1)

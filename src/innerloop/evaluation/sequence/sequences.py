@@ -8,6 +8,7 @@ random order, the same for the same seed.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import polars as pl
@@ -15,11 +16,12 @@ import scipy.sparse
 import torch
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import TIMES, read_actions
+from innerloop.evaluation.event_table import TIMES, actions_of, event_columns, read_table
 from innerloop.evaluation.outcome import Ints
 from innerloop.learning.softmax_training import Histories
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+_TIMELESS = "no time"  # the name of a column that no file has
 
 
 @dataclass(frozen=True)
@@ -167,24 +169,35 @@ def _table(data: Path, mapped: Mapping[str, str]) -> tuple[pl.DataFrame, bool]:
 
 def _read(path: Path, position: str | None, mapped: Mapping[str, str], *, clock: bool) -> pl.DataFrame:
     """The columns user_id, item_id, event_type, event_time, category and position of a file; see SequenceFile."""
+    raw = read_table(path, "events")
     if not clock:
-        events = read_actions(path, columns=mapped if position is None else {**mapped, "event_time": position})
-        events = events.with_columns(pl.col("event_time").cast(pl.Float64).alias("position"), event_time=0)
-    elif position is None:
-        events = read_actions(path, columns=mapped).with_columns(position=0.0)
+        if position is None:
+            _refuse_unordered(raw, mapped, path)
+        raw, mapped = raw.with_columns(pl.lit(0).alias(_TIMELESS)), {**mapped, "event_time": _TIMELESS}
+    if position is None:
+        events = actions_of(raw, path, columns=mapped).with_columns(position=0.0)
     else:
         # An event table has no place for it: it travels as the value, a number that no sequence needs.
-        events = read_actions(path, columns={**mapped, "value": position}).rename({"value": "position"})
+        events = actions_of(raw, path, columns={**mapped, "value": position}).rename({"value": "position"})
         if empty := int((~events["position"].is_finite().fill_null(value=False)).sum()):
-            raise SettingsError(f"{path} has {empty} rows without a usable position: remove them or that column.")
+            raise SettingsError(f"{path} has {empty} rows without a usable position: give them numbers or remove them.")
     if "category" not in events.columns:
         events = events.with_columns(category=pl.lit(None, pl.String))
     whole = pl.col("event_time").cast(pl.Int64)
     return events.select("user_id", "item_id", "event_type", whole, "category", "position")
 
 
+def _refuse_unordered(raw: pl.DataFrame, mapped: Mapping[str, str], path: Path) -> NoReturn:
+    """Raises SettingsError: for users and items that are not found, before an order that is not."""
+    event_columns(raw, mapped, path, required=("user_id", "item_id"))
+    raise SettingsError(
+        f"{path} has the columns {', '.join(raw.columns)}, none of which orders a user's items, as event_time or "
+        "position: map one with --column event_time=NAME or --column position=NAME."
+    )
+
+
 def _columns(path: Path) -> dict[str, str]:
-    """The file's columns by their names in lower case; none where it can't be read, which `read_actions` explains."""
+    """The file's columns by their names in lower case; none where it can't be read, which `read_table` explains."""
     scans: dict[str, Callable[[Path], pl.LazyFrame]] = {
         ".parquet": pl.scan_parquet,
         ".csv": pl.scan_csv,

@@ -5,7 +5,7 @@ Columns: user_id, session_id, ts_ms (or event_time, timestamp; as in an event ta
 them prices (as impressions), step (the order within one time), platform and device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import TIMES, event_times, identifiers_of
+from innerloop.evaluation.event_table import TIMES, are_whole, event_times, identifiers_of, read_table, refuse_lists
 from innerloop.evaluation.outcome import Floats, Ints
 
 _TIMES = ("ts_ms", *(name for name in TIMES if name != "ts_ms"))
@@ -26,12 +26,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "impressions": ("impressions",),
 }
 _CONTEXT = ("platform", "device")
-_READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
-    ".parquet": pl.read_parquet,
-    ".csv": pl.read_csv,
-    ".jsonl": pl.read_ndjson,
-    ".ndjson": pl.read_ndjson,
-}
+_LISTS = ("impressions", "prices")
+_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -55,71 +51,86 @@ class SlateLog:
 
 
 def read_log(path: Path) -> SlateLog:
-    """Read a file, or every such file of a folder.
+    """Read a file, or every such file of a folder, each with columns and types of its own.
 
-    Raises SettingsError when nothing is there to read, a column is missing, or no list holds the item that was chosen.
+    Raises SettingsError when nothing is there to read, a column is missing or cannot be understood, an action has no
+    user, session or time, or (nearly) no list holds the item that was chosen.
     """
-    raw = pl.concat([_read(file) for file in _files(path)], how="diagonal_relaxed")
-    found = _columns(raw, path)
-    table = raw.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
-    table = table.with_columns(_time(table["time"], path), _listed(table["impressions"]))
-    if "prices" in found:
-        table = table.with_columns(_listed(table["prices"]))
-    table = table.with_columns(identifiers_of(table["item"]))
-    if "step" in found:
-        table = table.with_columns(pl.col("step").cast(pl.Float64, strict=False))
-    table = table.sort([name for name in ("time", "step") if name in found], maintain_order=True)
+    raws = {file: read_table(file, "actions") for file in _files(path)}
+    _refuse_missing([name for raw in raws.values() for name in raw.columns], path)
+    table = pl.concat([_typed(raw, file) for file, raw in raws.items()], how="diagonal_relaxed")
+    _refuse_gaps(table, path)
+    table = table.sort([name for name in ("time", "step") if name in table.columns], maintain_order=True)
     log = _numbered(table)
-    if not any(len(shown) for shown in log.shown):
-        raise SettingsError(f"{path} has no row with impressions: give a log with the lists that were shown.")
+    _refuse_unsplit(log, path)
     return log
 
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in _READERS) if path.is_dir() else [path]
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise SettingsError(f"{path} is no file of actions nor a folder with some: name a CSV, JSONL or Parquet file.")
     return files
 
 
-def _read(file: Path) -> pl.DataFrame:
-    if file.suffix.lower() not in _READERS:
-        raise SettingsError(f"{file} ends in none of {', '.join(_READERS)}: convert it or rename it.")
-    try:
-        return _READERS[file.suffix.lower()](file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise SettingsError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
+def _refuse_missing(columns: Sequence[str], path: Path) -> None:
+    for usual in _NAMES.values():
+        if not any(name in columns for name in usual):
+            have = ", ".join(dict.fromkeys(columns)) or "(none)"
+            raise SettingsError(f"{path} has the columns {have}, but none named {usual[0]}: rename or add it.")
 
 
-def _columns(raw: pl.DataFrame, path: Path) -> dict[str, str]:
-    found = {}
-    for ours, names in _NAMES.items():
-        theirs = next((name for name in names if name in raw.columns), None)
-        if theirs is None:
-            have = ", ".join(raw.columns) or "(none)"
-            raise SettingsError(f"{path} has the columns {have}, but none named {names[0]}: rename or add it.")
-        found[ours] = theirs
-    return found | {name: name for name in ("prices", "step", *_CONTEXT) if name in raw.columns}
+def _typed(raw: pl.DataFrame, file: Path) -> pl.DataFrame:
+    """The columns that the file has, under our names and with the types that they have in every file."""
+    usual = _NAMES | {name: (name,) for name in ("prices", "step", *_CONTEXT)}
+    found = {ours: next((name for name in names if name in raw.columns), None) for ours, names in usual.items()}
+    columns = {ours: raw[theirs] for ours, theirs in found.items() if theirs is not None}
+    refuse_lists(raw, (column.name for ours, column in columns.items() if ours not in _LISTS), file)
+    return pl.DataFrame({ours: _as(ours, column, file) for ours, column in columns.items()})
 
 
-def _time(column: pl.Series, path: Path) -> pl.Series:
-    times = event_times(column, path)
-    if len(times) == 0 or times.null_count():
+def _as(ours: str, column: pl.Series, file: Path) -> pl.Series:
+    if ours == "time":
+        return event_times(column, file)
+    if ours == "step":
+        return column.cast(pl.Float64, strict=False)
+    return _listed(column, file) if ours in _LISTS else identifiers_of(column)
+
+
+def _refuse_gaps(table: pl.DataFrame, path: Path) -> None:
+    if table.is_empty() or table["time"].null_count():
         raise SettingsError(f"{path} has no actions, or some without a time: give every action one.")
-    return times
+    for name in ("user", "session"):
+        if empty := table[name].null_count():
+            raise SettingsError(f"{path} has {empty} actions without a {name}: remove them, or give every action one.")
 
 
-def _listed(column: pl.Series) -> pl.Series:
-    """Lists of text from lists of anything, or from text with `|` between the items."""
+def _refuse_unsplit(log: SlateLog, path: Path) -> None:
+    """Text with other signs between the items is a list of one, which holds the choice only where one was shown."""
+    lists = [(shown, item) for shown, item in zip(log.shown, log.items, strict=True) if len(shown)]
+    if not lists:
+        raise SettingsError(f"{path} has no row with impressions: give a log with the lists that were shown.")
+    chosen = sum(bool((shown == item).any()) for shown, item in lists)
+    single = all(len(shown) == 1 for shown, _ in lists)
+    if chosen == 0 or (single and chosen < len(lists) / 2):
+        raise SettingsError(
+            f"{path} has {len(lists)} rows with impressions, and in {chosen} the item is one of them: write the "
+            "impressions as a list, or as text with `|` between the items, by the names that the items have."
+        )
+
+
+def _listed(column: pl.Series, file: Path) -> pl.Series:
+    """Lists of text from lists of numbers or text, or from text with `|` between the items."""
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
-    if isinstance(column.dtype, pl.List):
-        inner = column.explode()
-        if inner.dtype.is_float() and bool((inner.drop_nulls() % 1 == 0).all()):
-            column = column.cast(pl.List(pl.Int64))  # whole numbers, as `identifiers_of` has them
-        return column.cast(pl.List(pl.String))
-    text = column.cast(pl.String)
-    return text.replace("", None).str.split("|")
+    inner = column.explode() if isinstance(column.dtype, pl.List) else column
+    refuse_lists(inner.to_frame(), [column.name], file)
+    if not isinstance(column.dtype, pl.List):
+        return column.cast(pl.String).replace("", None).str.split("|")
+    if inner.dtype.is_float():  # as `identifiers_of` has them
+        kind = pl.List(pl.Int64() if are_whole(inner) else inner.dtype)
+        column = column.list.eval(pl.element().fill_nan(None)).cast(kind)
+    return column.cast(pl.List(pl.String))
 
 
 def _numbered(table: pl.DataFrame) -> SlateLog:

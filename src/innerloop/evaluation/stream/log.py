@@ -7,14 +7,14 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import read_actions
+from innerloop.evaluation.event_table import in_one_order, read_actions
 
 _READABLE = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
 class EventTable:
-    """Events in order of time; those from row `own_from` on are the data's own, the others its history's."""
+    """Events `in_one_order`; those from row `own_from` on are the data's own, the others its history's."""
 
     events: pl.DataFrame
     own_from: int
@@ -40,9 +40,9 @@ def read_table(path: Path, *, history: Path | None = None, columns: Mapping[str,
 
 def _table(path: Path, columns: Mapping[str, str] | None) -> pl.DataFrame:
     if not path.is_dir():
-        return read_actions(path, columns=columns)
+        return in_one_order(read_actions(path, columns=columns))
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READABLE)
     if not files:
         raise SettingsError(f"{path} holds none of {', '.join(_READABLE)} files: put the events there or name a file.")
     tables = [read_actions(file, columns=columns) for file in files]
-    return pl.concat(tables, how="diagonal_relaxed").sort("event_time")
+    return in_one_order(pl.concat(tables, how="diagonal_relaxed"))
