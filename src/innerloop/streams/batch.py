@@ -90,13 +90,24 @@ class Batch:
 
     @cached_property
     def next_offsets(self) -> dict[Partition, int]:
-        """By partition, the offset after the last record here: the later of equal keys wins in a dict."""
-        return {partition: last + 1 for partition, last in self._last(self._topics, self._numbers, self.offsets)}
+        """By partition, the offset after the last record here."""
+        return {partition: self.offsets[position] + 1 for partition, position in self._last_positions.items()}
+
+    @property
+    def leader_epochs(self) -> dict[Partition, int]:
+        """By partition, the epoch of the leader that took the last record here, where the broker tells it (KIP-320)."""
+        epochs = {
+            partition: self._messages[position].leader_epoch() for partition, position in self._last_positions.items()
+        }
+        return {partition: epoch for partition, epoch in epochs.items() if epoch is not None}
+
+    @cached_property
+    def _last_positions(self) -> dict[Partition, int]:
+        return self._last(self._topics, self._numbers, range(len(self)))
 
     @cached_property
     def _first_positions(self) -> dict[Partition, int]:
-        backwards = range(len(self) - 1, -1, -1)
-        return dict(self._last(self._topics[::-1], self._numbers[::-1], backwards))
+        return self._last(self._topics[::-1], self._numbers[::-1], range(len(self) - 1, -1, -1))
 
     @cached_property
     def first_offsets(self) -> dict[Partition, int]:
@@ -108,8 +119,9 @@ class Batch:
         return min(map(self.timestamp_ms, self._first_positions.values()))
 
     @staticmethod
-    def _last(topics: list[str], numbers: list[int], values: Sequence[int]) -> Iterable[tuple[Partition, int]]:
-        return dict(zip(zip(topics, numbers, strict=True), values, strict=True)).items()
+    def _last(topics: list[str], numbers: list[int], positions: Iterable[int]) -> dict[Partition, int]:
+        """By partition the last of its positions: the later of equal keys wins in a dict."""
+        return dict(zip(zip(topics, numbers, strict=True), positions, strict=True))
 
     def timestamp_ms(self, position: int) -> int:
         """When the record was produced, by the broker's or producer's clock."""

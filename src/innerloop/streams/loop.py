@@ -114,6 +114,13 @@ class Loop:
         self._claimed_at = 0.0
         """When it was last tried to claim them."""
         self._done: dict[Partition, int] = {}
+        self._epochs: dict[Partition, int] = {}
+        """Of the leader that took the last record handled: committed with the offset, and given back at the next claim.
+
+        By it librdkafka finds that a log has lost its end meanwhile, however long it has become again (KIP-320).
+        """
+        self._unsought: dict[Partition, TopicPartition] = {}
+        """Where partitions start that were not compared with their leader's log yet; what they bring is left out."""
         self._committed_at = 0.0
         self._committing = 0
         self._accept_gap = accept_gap
@@ -156,6 +163,7 @@ class Loop:
                     self._joining.goes_on(_NOT_JOINED)
                 self._claim_again()
                 self._pass_gaps()
+                self._compare()
                 batch = self._poll()
                 if len(batch):
                     self._brokers.heard()
@@ -242,7 +250,7 @@ class Loop:
         return batch.before(again) if again else batch
 
     def _is_claimed(self, partition: Partition) -> bool:
-        return partition in self._owned and partition not in self._unclaimed
+        return partition in self._owned and partition not in self._unclaimed and partition not in self._unsought
 
     def _is_error(self, message: Message) -> bool:
         error = message.error()
@@ -292,6 +300,7 @@ class Loop:
                 batch = batch.keeping(self._is_claimed)
             else:
                 self._done.update(batch.next_offsets)
+                self._epochs.update(batch.leader_epochs)
                 break
         self._recovered()
 
@@ -338,6 +347,18 @@ class Loop:
             self._consumer.resume([place])  # librdkafka may still think of it as paused
             return False
         return True
+
+    def _compare(self) -> None:
+        """Have librdkafka compare where partitions were left with their leader's log.
+
+        A seek does, an assignment doesn't.
+        """
+        for partition, place in list(self._unsought.items()):
+            try:
+                self._consumer.seek(place)
+            except KafkaException:  # fetching has not begun
+                continue
+            del self._unsought[partition]
 
     def _resume(self) -> None:
         self._continuity.resumes()
@@ -438,6 +459,7 @@ class Loop:
         self._consumer.incremental_assign(place)
         self._consumer.resume(place)
         self._continuity.starts({partition: start})
+        self._unsought.pop(partition, None)
         self._done[partition] = max(start, self._done.get(partition, 0))
 
     def _log_ends(self, partition: Partition) -> tuple[int, int]:
@@ -470,6 +492,7 @@ class Loop:
         else:
             places = self._partitions(partitions, starts)
             consumer.incremental_assign(places)
+            self._unsought.update({(p.topic, p.partition): p for p in places if p.leader_epoch is not None})
             # librdkafka still thinks of one as paused that was lost in a pause.
             consumer.resume(places)
 
@@ -480,6 +503,7 @@ class Loop:
             found = self._consumer.committed(self._partitions(partitions), timeout=10.0)
         except KafkaException as error:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
+        self._epochs.update({(p.topic, p.partition): epoch for p in found if (epoch := p.leader_epoch) is not None})
         committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
         starts = self._processor.assigned(committed, self._log_ends)
         offsets = {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
@@ -533,6 +557,8 @@ class Loop:
     def _give_up(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             self._done.pop(partition, None)
+            self._epochs.pop(partition, None)
+            self._unsought.pop(partition, None)
             self._gaps.pop(partition, None)
         self._continuity.leaves(partitions)
         self._owned.difference_update(partitions)
@@ -544,11 +570,16 @@ class Loop:
             self._passing.ends()
         self._processor.revoked(partitions)
 
-    @staticmethod
-    def _partitions(partitions: Any, offsets: Mapping[Partition, int] | None = None) -> list[TopicPartition]:
+    def _partitions(self, partitions: Any, offsets: Mapping[Partition, int] | None = None) -> list[TopicPartition]:
         if offsets is None:
             return [TopicPartition(topic, partition) for topic, partition in partitions]
-        return [TopicPartition(topic, partition, offsets[topic, partition]) for topic, partition in partitions]
+        return [self._place(partition, offsets[partition]) for partition in partitions]
+
+    def _place(self, partition: Partition, offset: int) -> TopicPartition:
+        topic, number = partition
+        if (epoch := self._epochs.get(partition)) is None:
+            return TopicPartition(topic, number, offset)
+        return TopicPartition(topic, number, offset, leader_epoch=epoch)
 
 
 def _names(partitions: Sequence[Partition]) -> list[str]:
