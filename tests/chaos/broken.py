@@ -127,7 +127,7 @@ def _commit_first() -> None:
     original = Loop._persist
 
     def persist(self: Loop, batch: Any) -> None:
-        self._done.update(batch.next_offsets)
+        self._is_done(batch)
         self._commit(wait=True)
         original(self, batch)
 

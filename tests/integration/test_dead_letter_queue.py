@@ -369,19 +369,25 @@ def test_headers_without_end_are_cut_also_where_they_hold_nothing(world: World) 
     assert [letter.cut for letter in letters] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["partition", "offset"])
-def test_what_no_offset_can_be_is_no_letter(world: World, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "digits"), [("partition", 10), ("offset", 19), ("partition", 5_000), ("offset", 5_000)]
+)
+def test_what_no_offset_can_be_is_no_letter(world: World, name: str, digits: int) -> None:
     """Nor does a number that is too long for Python end the command."""
     world.refuse(record(world.clicks, b"?", at=(1, 0)))
     [letter] = world.letters()
     pairs: list[tuple[str, bytes | None]] = letter.headers() or []  # type: ignore[assignment]
-    nonsense: Any = [(key, b"9" * 5_000 if key == OURS + name else value) for key, value in pairs]
+    nonsense: Any = [(key, b"9" * digits if key == OURS + name else value) for key, value in pairs]
     topic = world.settings.topics.dead_letters
     world.publisher.send(topic, None, b"?", headers=nonsense)
-    cut: Any = [("innerloop.original.headers.bytes", b"9" * 5_000), *pairs]
+    cut: Any = [("innerloop.original.headers.bytes", b"9" * digits), *pairs]
     world.publisher.send(topic, None, b"?", headers=cut)
     world.publisher.flush(SECONDS)
-    assert [each.cut for each in DeadLetterQueue(world.settings).letters()] == [False, False]
+    letters = DeadLetterQueue(world.settings).letters()
+    assert [(each.cut, each.record.offset, each.record.partition) for each in letters] == [
+        (False, 0, 1),
+        (digits < 20, 0, 1),
+    ]
 
 
 def test_headers_that_cannot_be_read_cost_their_record_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Message, Producer, TopicPartition
 from structlog.testing import capture_logs
 from test_ingest import Member, check, events_of, send, shrunk, until
 
@@ -27,9 +27,14 @@ class Forgetful:
     def __init__(self, consumer: Any, dropping: Callable[[], bool]) -> None:
         self._consumer, self._dropping = consumer, dropping
         self.dropped: set[tuple[str | None, int | None, int | None]] = set()
+        self.epochs: set[int | None] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._consumer, name)
+
+    def seek(self, place: TopicPartition) -> None:
+        self.epochs.add(place.leader_epoch)
+        self._consumer.seek(place)
 
     def poll(self, seconds: float) -> Message | None:
         found = self._kept([message] if (message := self._consumer.poll(seconds)) is not None else [])
@@ -85,6 +90,7 @@ def test_what_the_client_passes_over_is_read_all_the_same(small: Settings, seed:
         member.caught_up()
     check(small, events, ordered=False)
     assert len(forgetful[0].dropped) > 10
+    assert forgetful[0].epochs == {None}, "of a record before, it would say that the log has ended with that epoch"
     assert metrics.PASSED_OVER._value.get() > before + 5
 
 

@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.streams import clients
-from innerloop.streams.batch import Record, headers_of, record_of
+from innerloop.streams.batch import UNREADABLE, Record, headers_of, record_of
 from innerloop.streams.dead_letters import DeadLetter, read_dead_letter
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import partition_counts
@@ -151,7 +151,7 @@ class Replayer:
 
 
 def _whole(consumer: Consumer, letter: DeadLetter) -> Record | None:
-    """The record to send; of a cut one the original, None when that is gone or the place holds another."""
+    """The record to send; of a cut one the original, None when that is gone, unreadable or another."""
     cut = letter.record
     if not letter.cut:
         return cut
@@ -164,6 +164,8 @@ def _whole(consumer: Consumer, letter: DeadLetter) -> Record | None:
     if message is None or _is_end(message, cut.topic) or message.offset() != cut.offset:
         return None
     found = record_of(message)
+    if found.headers == ((UNREADABLE, b""),):
+        return None
     same = (found.value or b"").startswith(cut.value or b"") and (found.key or b"").startswith(cut.key or b"")
     return found if same else None
 

@@ -19,6 +19,7 @@ _MAX_HEADERS = 50_000
 _FRAME = 10  # of a header: the lengths of its name and its value
 _MAX_MESSAGE = 1_024
 _MOST_DIGITS = 19  # of an offset
+_PARTITIONS, _OFFSETS = 2**31, 2**63
 
 
 def send_dead_letter(publisher: Publisher, topic: str, record: Record, error: DeadLetterError, *, group: str) -> None:
@@ -83,7 +84,7 @@ def read_dead_letter(message: Message) -> DeadLetter | None:
         return None
     topic, partition, offset, _, _, reason, why = ((value or b"").decode(errors="replace") for _, value in added)
     number, place = _number(partition.encode()), _number(offset.encode())
-    if min(number, place) < 0:
+    if not (0 <= number < _PARTITIONS and 0 <= place < _OFFSETS):
         return None
     own, cut_value = _without_cut(own, _CUT_VALUE, letter.value, _MAX_VALUE)
     own, cut_key = _without_cut(own, _CUT_KEY, letter.key, _MAX_KEY)

@@ -15,11 +15,19 @@ What a processor may rely on:
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, Protocol
 
 import structlog
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 
 from innerloop import metrics
 from innerloop.config import KafkaSettings
@@ -113,11 +121,11 @@ class Loop:
         self._unclaimed_why = ""
         self._claimed_at = 0.0
         """When it was last tried to claim them."""
-        self._done: dict[Partition, int] = {}
-        self._epochs: dict[Partition, int] = {}
-        """Of the leader that took the last record handled: committed with the offset, and given back at the next claim.
+        self._done: dict[Partition, TopicPartition] = {}
+        """What to commit: the next offset, and the epoch of the leader that took the record before it.
 
-        By it librdkafka finds that a log has lost its end meanwhile, however long it has become again (KIP-320).
+        By that, which is given back at the next claim, librdkafka finds that a log has lost its end meanwhile, however
+        long it has become again (KIP-320).
         """
         self._unsought: dict[Partition, TopicPartition] = {}
         """Where partitions start that were not compared with their leader's log yet; what they bring is left out."""
@@ -245,8 +253,8 @@ class Loop:
     def _without_jumps(self, batch: Batch) -> Batch:
         """The batch up to where a partition jumps; from there it is read again."""
         again = self._continuity.jumps(batch)
-        for place in self._partitions(again, again):
-            self._read_from(place)
+        for partition, offset in again.items():
+            self._read_from(_place(partition, offset))
         return batch.before(again) if again else batch
 
     def _is_claimed(self, partition: Partition) -> bool:
@@ -277,10 +285,10 @@ class Loop:
     def _wanted(partition: Partition, offset: int | None, why: str) -> int:
         """The record that the log does not hold; raises StopError where its history is not the one we have read.
 
-        librdkafka asks for a log's history after each election (KIP-320), and tells what it found in words alone.
+        librdkafka tells in words alone which it is. Without an offset it may be that the log's beginning is not known.
         """
-        if offset is not None and not any(words in why for words in _OTHER_HISTORY):
-            return offset
+        if not any(words in why for words in _OTHER_HISTORY):
+            return offset or 0
         raise StopError(
             f"{_name(partition)} has lost records that were handled here: its leader's log is another one than was "
             f"read ({why.rstrip('.')}). Nothing was skipped; see Gaps in deploy/OPERATIONS.md."
@@ -299,10 +307,13 @@ class Loop:
                     return
                 batch = batch.keeping(self._is_claimed)
             else:
-                self._done.update(batch.next_offsets)
-                self._epochs.update(batch.leader_epochs)
+                self._is_done(batch)
                 break
         self._recovered()
+
+    def _is_done(self, batch: Batch) -> None:
+        epochs = batch.leader_epochs
+        self._done |= {each: _place(each, offset, epochs.get(each)) for each, offset in batch.next_offsets.items()}
 
     def _away(self, error: Exception, **facts: object) -> None:
         """Tell and count that the database or the broker is away, once for each try."""
@@ -379,7 +390,7 @@ class Loop:
         """Commit what is done, behind the work: a lost commit costs a repeat, nothing else."""
         if not self._done or (not wait and time.monotonic() - self._committed_at < _COMMIT_SECONDS):
             return
-        offsets = self._partitions(self._done, self._done)
+        offsets = list(self._done.values())
         self._committed_at = time.monotonic()
         try:
             if wait:
@@ -404,7 +415,7 @@ class Loop:
             self._uncommitted.goes_on(why.str())
             partition = (each.topic, each.partition)
             if partition in self._owned:
-                self._done.setdefault(partition, each.offset)  # what is there is newer
+                self._done.setdefault(partition, _place(partition, each.offset, each.leader_epoch))  # there is newer
 
     def _commit_last(self) -> None:
         """Commit before leaving; a broker that does not answer in time is not waited for."""
@@ -460,7 +471,8 @@ class Loop:
         self._consumer.resume(place)
         self._continuity.starts({partition: start})
         self._unsought.pop(partition, None)
-        self._done[partition] = max(start, self._done.get(partition, 0))
+        if partition not in self._done or self._done[partition].offset < start:
+            self._done[partition] = _place(partition, start)
 
     def _log_ends(self, partition: Partition) -> tuple[int, int]:
         try:
@@ -481,7 +493,7 @@ class Loop:
         self._joined = True
         self._joining.ends()
         try:
-            starts = self._claim(partitions)
+            places = self._claim(partitions)
         except RetryError as error:
             self._not_claimed(partitions, error)
             # From where does not matter, the claim will seek; without a place librdkafka would look for one now.
@@ -490,25 +502,25 @@ class Loop:
             consumer.pause(waiting)
             self._unclaimed += partitions
         else:
-            places = self._partitions(partitions, starts)
             consumer.incremental_assign(places)
             self._unsought.update({(p.topic, p.partition): p for p in places if p.leader_epoch is not None})
             # librdkafka still thinks of one as paused that was lost in a pause.
             consumer.resume(places)
 
-    def _claim(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+    def _claim(self, partitions: Sequence[Partition]) -> list[TopicPartition]:
         if not partitions:
-            return {}
+            return []
         try:
             found = self._consumer.committed(self._partitions(partitions), timeout=10.0)
         except KafkaException as error:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
-        self._epochs.update({(p.topic, p.partition): epoch for p in found if (epoch := p.leader_epoch) is not None})
         committed = {(p.topic, p.partition): p.offset if p.offset >= 0 else None for p in found}
         starts = self._processor.assigned(committed, self._log_ends)
         offsets = {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
         self._continuity.starts(offsets)
-        return offsets
+        # Of another place, or of a topic that was made again, the epoch says nothing.
+        epochs = {(p.topic, p.partition): p.leader_epoch for p in found if p.offset == offsets[p.topic, p.partition]}
+        return [_place(partition, offset, epochs.get(partition)) for partition, offset in offsets.items()]
 
     def _claim_again(self) -> None:
         """Claim what could not be claimed when it was assigned, one by one; the others' records are handled meanwhile.
@@ -519,8 +531,7 @@ class Loop:
             return
         while self._unclaimed:
             try:
-                starts = self._claim(self._unclaimed[:1])
-                self._consumer.seek(*self._partitions(starts, starts))
+                self._consumer.seek(*self._claim(self._unclaimed[:1]))
             except (RetryError, KafkaException) as error:
                 self._not_claimed(self._unclaimed, error)
                 self._unclaimed = self._unclaimed[1:] + self._unclaimed[:1]  # the next time another one is first
@@ -557,7 +568,6 @@ class Loop:
     def _give_up(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             self._done.pop(partition, None)
-            self._epochs.pop(partition, None)
             self._unsought.pop(partition, None)
             self._gaps.pop(partition, None)
         self._continuity.leaves(partitions)
@@ -570,16 +580,16 @@ class Loop:
             self._passing.ends()
         self._processor.revoked(partitions)
 
-    def _partitions(self, partitions: Any, offsets: Mapping[Partition, int] | None = None) -> list[TopicPartition]:
-        if offsets is None:
-            return [TopicPartition(topic, partition) for topic, partition in partitions]
-        return [self._place(partition, offsets[partition]) for partition in partitions]
+    @staticmethod
+    def _partitions(partitions: Iterable[Partition]) -> list[TopicPartition]:
+        return [_place(each) for each in partitions]
 
-    def _place(self, partition: Partition, offset: int) -> TopicPartition:
-        topic, number = partition
-        if (epoch := self._epochs.get(partition)) is None:
-            return TopicPartition(topic, number, offset)
-        return TopicPartition(topic, number, offset, leader_epoch=epoch)
+
+def _place(partition: Partition, offset: int = OFFSET_INVALID, epoch: int | None = None) -> TopicPartition:
+    topic, number = partition
+    if epoch is None:
+        return TopicPartition(topic, number, offset)
+    return TopicPartition(topic, number, offset, leader_epoch=epoch)
 
 
 def _names(partitions: Sequence[Partition]) -> list[str]:
