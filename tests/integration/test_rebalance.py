@@ -105,10 +105,17 @@ def test_partitions_that_stay_are_handled_all_through_a_rebalance(
 
     with first.member, second.member:
         until(lambda: _shares([first, second]) == [4, 4], "each has its share")
+        feed_until(lambda: all(set(each.member.owned) <= set(each.handled) for each in (first, second)), "both read")
         before = {each: (set(each.member.owned), len(each.told), len(each.handled)) for each in (first, second)}
         with third.member:
-            feed_until(lambda: len(third.member.owned) >= 2 and sum(_shares([first, second, third])) == 8, "shared")
-            fed, meanwhile = rounds, {each: each.handled[handled:] for each, (_, _, handled) in before.items()}
+            since = rounds
+            feed_until(
+                lambda: (
+                    len(third.member.owned) >= 2 and sum(_shares([first, second, third])) == 8 and rounds >= since + 20
+                ),
+                "shared",
+            )
+            fed, meanwhile = rounds - since, {each: each.handled[handled:] for each, (_, _, handled) in before.items()}
         feed_until(lambda: _shares([first, second]) == [4, 4], "taken back")
         first.member.caught_up()
         stay: set[Partition] = set()
@@ -118,7 +125,7 @@ def test_partitions_that_stay_are_handled_all_through_a_rebalance(
             stay |= kept
             assert kept <= set(each.member.owned)
             for partition in kept:
-                assert meanwhile[each].count(partition) >= fed // 2, "went on meanwhile"
+                assert meanwhile[each].count(partition) >= fed // 4, "went on meanwhile"  # the last are under way
                 assert each.handled[handled:].count(partition) >= 5
         assert stay, "some do not move"
         stayed = set.union(*(before[each][0] for each in (first, second))) & set(third.handled)
