@@ -50,7 +50,7 @@ class Shell:
         """What it has written to standard error so far."""
         return (self.folder / f"{self._started.index(process)}.err").read_text()
 
-    def finish(self, process: "subprocess.Popen[str]", seconds: float = 180.0) -> Result:
+    def finish(self, process: "subprocess.Popen[str]", seconds: float = 60.0) -> Result:
         out, _ = process.communicate(timeout=seconds)
         return Result(process.returncode, out, self.errors(process))
 

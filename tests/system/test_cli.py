@@ -223,7 +223,7 @@ def shop(tmp_path: Path) -> Path:
 @pytest.mark.timeout(600)
 def test_replay_train_ingest_adapt_scores(shell: Shell, settings: Settings, shop: Path, wait_for: Wait) -> None:
     assert shell.run("topics").code == 0
-    trained = shell.run("train", "--events", str(shop), "--share", "0.5")
+    trained = shell.finish(shell.start("train", "--events", str(shop), "--share", "0.5"), seconds=300)
     assert trained.code == 0, trained.err
     assert trained.out.startswith("Release 1 at ")
     assert (shell.folder / "releases" / "release-1.json").is_file(), "where it was run, by default"

@@ -157,11 +157,18 @@ def kind_weights(weights: Mapping[str, float]) -> NDArray[np.float32]:
     return np.array([0.0, *(weights.get(name, 1.0) for name in CODES), 1.0], np.float32)
 
 
+def in_time(times: Ints, seed: int) -> Ints:
+    """Rows in order of their times [N], those of one time at random.
+
+    The same for the same seed, and what comes later has no say in it.
+    """
+    return np.lexsort((np.random.default_rng(seed).random(len(times)), times))
+
+
 def stream_of(table: pl.DataFrame, *, seed: int = 0) -> StreamLog:
     """Number an event table's (see event_table.py) users, items, sessions and categories. It must have a row."""
-    rng = np.random.default_rng(seed)
     times = table["event_time"].to_numpy()
-    order = np.lexsort((rng.random(len(times)), times))
+    order = in_time(times, seed)
     user_ids, users = _numbered(table["user_id"])
     item_ids, items = _numbered(table["item_id"])
     kinds = np.array([CODES.get(kind, _OTHER) for kind in table["event_type"].to_list()], np.int64)

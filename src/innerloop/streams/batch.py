@@ -11,11 +11,9 @@ from innerloop.tracing import newest_parents
 
 Partition = tuple[str, int]
 """(topic, partition)"""
-Headers = tuple[tuple[str, bytes | None], ...]
+RecordHeaders = tuple[tuple[str, bytes | None], ...]
 UNREADABLE = "innerloop.original.headers.unreadable"
 """Stands for the headers of a record that can't be read."""
-
-
 # Not called as a method: where that has become quick, Python 3.11 looks for no pending error.
 _headers = methodcaller("headers")
 
@@ -29,10 +27,10 @@ class Record(msgspec.Struct, frozen=True):
     timestamp_ms: int
     key: bytes | None
     value: bytes | None
-    headers: Headers
+    headers: RecordHeaders
 
 
-def headers_of(message: Message) -> Headers:
+def headers_of(message: Message) -> RecordHeaders:
     """A message's headers; `UNREADABLE` alone where one has a name that is no UTF-8.
 
     On such a name confluent-kafka gives a list with holes and an error that is pending: whoever looks into that list

@@ -112,7 +112,7 @@ def _made(kind: type[Client], config: Mapping[str, Any]) -> Client:
 
 
 def is_fatal(error: KafkaError) -> bool:
-    """Whether a consumer that has told this can do nothing any more; `error.fatal()` does not know it of a message."""
+    """Whether a client that has told this can do nothing any more; `error.fatal()` does not know it of a message."""
     return error.fatal() or error.code() == KafkaError._FATAL  # noqa: SLF001 - librdkafka's own name
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from confluent_kafka import Message
 
 from innerloop.errors import DeadLetterError
-from innerloop.streams.batch import UNREADABLE, Record, record_of
+from innerloop.streams.batch import UNREADABLE, Record, RecordHeaders, record_of
 from innerloop.streams.publisher import Headers, Publisher
 
 _PREFIX = "__connect.errors."
@@ -102,9 +102,7 @@ def read_dead_letter(message: Message) -> DeadLetter | None:
     )
 
 
-def _without_cut(
-    headers: tuple[tuple[str, bytes | None], ...], name: str, content: bytes | None, most: int
-) -> tuple[tuple[tuple[str, bytes | None], ...], bool]:
+def _without_cut(headers: RecordHeaders, name: str, content: bytes | None, most: int) -> tuple[RecordHeaders, bool]:
     """The headers without the last one, if that says that `content` was cut; whether it did."""
     if len(content or b"") == most and headers and headers[-1][0] == name and _number(headers[-1][1]) > most:
         return headers[:-1], True

@@ -19,7 +19,6 @@ _LOOK_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
 _DISAGREES = "it and the broker do not agree any more on what has arrived"
 _MOST_SECONDS = 20.0
-_MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)  # noqa: SLF001 - librdkafka's own names
 
 
 def partition_of(key: str, partitions: int) -> int:
@@ -90,17 +89,16 @@ class Publisher:
         try:
             return serve()
         except (KafkaException, SystemError) as error:
-            fatal = error if isinstance(error, KafkaException) else error.__cause__
-            if not isinstance(fatal, KafkaException):
-                raise
-            self._renew(_DISAGREES)
-            raise RetryError(f"{self._sent_to} did not take a record: {fatal.args[0].str()}") from None
+            cause = error if isinstance(error, KafkaException) else error.__cause__
+            if isinstance(cause, KafkaException):
+                self._raise_if_passing(self._sent_to, cause.args[0])
+            raise
 
     def _raise_if_passing(self, topic: str, error: KafkaError) -> None:
-        """Raise RetryError where a record is refused at once that may be taken later."""
-        if error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own name
+        """Raise RetryError where what is refused now may be taken later."""
+        if clients.is_fatal(error):
             self._renew(_DISAGREES)
-        elif error.code() not in _MISSING:  # a topic that is missing was there at the start, and may be made again
+        elif error.code() not in clients.MISSING:  # a topic was there at the start, and may be made again
             return
         raise RetryError(f"{topic} did not take a record: {error.str()}") from None
 

@@ -12,6 +12,7 @@ from innerloop.evaluation.outcome import Ints
 from innerloop.learning.ads.attribution import attribute
 from innerloop.learning.ads.click_log import ConversionLog
 from innerloop.learning.ads.pairs import KINDS
+from innerloop.learning.stream_log import in_time
 
 _OTHER = len(KINDS)
 _SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -29,7 +30,8 @@ def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = Non
     if not files:
         raise SettingsError(f"{path} holds no file of events: name a CSV, JSONL or Parquet file.")
     table = pl.concat([read_actions(file, columns=columns) for file in files], how="diagonal_relaxed")
-    table = _shuffled(in_one_order(table), seed)
+    table = in_one_order(table)
+    table = table[in_time(table["event_time"].to_numpy(), seed)]
     kinds = np.array([KINDS.index(k) if k in KINDS else _OTHER for k in table["event_type"].to_list()], np.int64)
     for kind in ("click", "purchase"):
         if not (kinds == KINDS.index(kind)).any():
@@ -39,11 +41,6 @@ def read_log(path: Path, *, window: int, columns: Mapping[str, str] | None = Non
     times = table["event_time"].to_numpy()
     attribution = attribute(users, items, times, kinds == 0, kinds == KINDS.index("purchase"), window=window)
     return ConversionLog(users, items, categories, kinds, times, attribution)
-
-
-def _shuffled(table: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """Events of one time in random order; what comes later has no say in it, as the first numbers stay the same."""
-    return table[np.lexsort((np.random.default_rng(seed).random(table.height), table["event_time"].to_numpy()))]
 
 
 def _codes(column: pl.Series) -> Ints:
