@@ -260,7 +260,7 @@ def test_replay_train_ingest_adapt_scores(shell: Shell, settings: Settings, shop
     assert nobody.code == 1
     assert "User nobody at all has no scores" in nobody.out
 
-    again = shell.run("train")
+    again = shell.finish(shell.start("train"), seconds=300)
     assert again.out.startswith("Release 2 at "), again.err
     with clients.consumer(kafka, "test") as consumer:
         consumer.assign([TopicPartition(topics.releases, 0, 0)])
