@@ -74,12 +74,13 @@ def _bar() -> Progress:
 
 
 @app.command("cold-start")
-def cold_start(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0) -> None:
+def cold_start(data: Data, report: Folder, draws: Draws = 500, seed: Seed = 0, column: Columns = None) -> None:
     """Ratings of users and items that were never trained on, after a few ratings each."""
     from innerloop.evaluation.cold_start import protocol as cold_start  # noqa: PLC0415
 
+    columns = columns_of(column)
     job = _Job("cold-start", data, report, draws, seed)
-    job.judge(lambda tell: cold_start.run(data, seed=seed, tell=tell))
+    job.judge(lambda tell: cold_start.run(data, seed=seed, tell=tell, columns=columns))
 
 
 @app.command("sequence")
@@ -117,12 +118,15 @@ def slate(  # noqa: PLR0917 - options by name
     seed: Seed = 0,
     train_share: Share = 0.5,
     most: Annotated[int, typer.Option(min=1, help="The most choices that are scored, evenly spread.")] = 50_000,
+    column: Columns = None,
 ) -> None:
     """The items shown at a click-out, ranked from strictly earlier actions."""
     from innerloop.evaluation.slate import protocol as slate  # noqa: PLC0415
 
+    columns = columns_of(column)
     job = _Job("slate", data, report, draws, seed)
-    job.judge(lambda tell: slate.run(data, seed=seed, tell=tell, train_share=train_share, most=most))
+    given = partial(slate.run, data, train_share=train_share, most=most, columns=columns)
+    job.judge(lambda tell: given(seed=seed, tell=tell))
 
 
 @app.command("conversion")

@@ -68,8 +68,8 @@ def _train(settings: Settings, source: Source, checkpoint: Path | None) -> None:
     release, location = train_release(settings, engine, events, checkpoint, items)
     metrics = ", ".join(f"{name} {_written(value)}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
-    if release.ranker is None:
-        Console().print("It has no ranker, for which there are too few events yet: its lists are the head's alone.")
+    if release.ranker is not None and not release.ranker.taught:
+        Console().print("Its ranker is the one that suits any shop: there are too few events yet to teach it this one.")
 
 
 def _written(value: float) -> str:

@@ -50,6 +50,22 @@ def test_csv_is_read_like_parquet(tmp_path: Path) -> None:
     assert again.user_ids == read.user_ids
 
 
+def test_columns_of_other_names_are_mapped_and_the_case_of_letters_is_no_matter(tmp_path: Path) -> None:
+    """Items may be described under the usual name though the ratings have them under another."""
+    read = read_rating_data(folder(tmp_path))
+    for path in tmp_path.glob("*.parquet"):
+        table = pl.read_parquet(path)
+        if path.stem != "items":
+            table = table.rename({"item_id": "movie", "user_id": "User_ID"}, strict=False)
+        table.write_parquet(path)
+    again = read_rating_data(tmp_path, {"item_id": "movie"})
+    assert (again.user_ids, again.item_ids) == (read.user_ids, read.item_ids)
+    assert again.items.equals(read.items)
+    assert again.training.values.tolist() == read.training.values.tolist()
+    with pytest.raises(SettingsError, match="film is no column of a file of ratings: those are user_id,"):
+        read_rating_data(tmp_path, {"film": "movie"})
+
+
 def test_a_second_rating_of_the_same_item_replaces_the_first(tmp_path: Path) -> None:
     twice = pl.concat([RATINGS, pl.DataFrame({"user_id": [2], "item_id": [5], "rating": [4]})])
     found = read_rating_data(folder(tmp_path, meta_training=twice))
@@ -83,8 +99,8 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (RATINGS.drop("rating"), "no rating"),
-        (RATINGS.rename({"user_id": "user"}), "no user_id"),
+        (RATINGS.drop("rating"), "none of which is known as rating: map one with --column rating=NAME"),
+        (RATINGS.rename({"user_id": "user"}), "none of which is known as user_id: map one"),
         (RATINGS.clear(), "no rows"),
         (RATINGS.with_columns(rating=pl.Series([1.0, float("nan"), 2.0, 3.0])), "1 rows without"),
         (RATINGS.with_columns(rating=pl.Series(["1", "good", "2", "bad"])), "2 rows without"),

@@ -18,8 +18,10 @@ from innerloop.learning import training
 from innerloop.learning.episodes import episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, Episodes, Head, NoneHead, Recipe
 from innerloop.learning.ranker import Ranker
+from innerloop.learning.ranker_training import Replay
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer
+from innerloop.learning.stream_log import kind_weights, stream_of
 from innerloop.learning.training import hit_rate, ranks_of, teach_heads, train
 from innerloop.support import SupportSets
 
@@ -289,6 +291,30 @@ def test_a_history_too_odd_for_a_ranker_still_gives_a_release(times: list[int]) 
     )
     release = _train(history)
     assert bool(release.item_vectors.isfinite().all())
+    assert release.ranker is not None
+    assert not release.ranker.taught
+
+
+def test_with_too_few_events_to_teach_a_ranker_lists_hold_what_people_come_back_to(tmp_path: Path) -> None:
+    """Served with a hundred events, before anything is learned of this shop, better than the head alone."""
+    shop = Shop(1, users=30, items=200, process=Process(categories=6))
+    history, later = shop.history(100), shop.history(300)
+    release = load(save(_train(history), tmp_path))
+    assert release.ranker is not None
+    assert not release.ranker.taught
+    assert _hits(release, history, later) > 1.2 * _hits(replace(release, ranker=None), history, later)
+
+
+def _hits(release: Release, history: pl.DataFrame, later: pl.DataFrame) -> float:
+    """The share of later events whose item was among the ten listed just before."""
+    log = stream_of(pl.concat([history, later]))
+    scorer = Scorer(release, torch.device("cpu"))
+    replay, hits = Replay(scorer, log), []
+    for row in range(history.height, len(log)):
+        replay.show(row)
+        sets = log.sets(log.before(np.array([row]), 16)[0], kind_weights(WEIGHTS))
+        hits.append(int(scorer.catalogue.places(log.items[[row]])[0]) in scorer.lists(sets, 10).places[0].tolist())
+    return float(np.mean(hits))
 
 
 @pytest.mark.parametrize("method", sorted(META_TRAIN))

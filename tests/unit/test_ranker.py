@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from innerloop.learning import ranker as ranker_module
+from innerloop.learning.blend import WEIGHTS, blended
 from innerloop.learning.candidates import FEATURES, Candidates
 from innerloop.learning.ranker import Lesson, Ranker, join, learn_ranker, lesson
 
@@ -124,6 +125,43 @@ def test_the_same_seed_gives_the_same_ranker_and_leaves_the_worlds_chance_alone(
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
     assert any(not torch.equal(value, other.state()[name]) for name, value in first.state().items())
+
+
+def test_lessons_that_the_newest_moments_contradict_change_nothing() -> None:
+    """The newest moments follow the opposite rule, so no step is better to them: what is kept is the beginning."""
+    lessons = _planted(400)
+    held = round(len(lessons) * ranker_module._HELD_OUT)
+    _opposite(lessons.features[-held:])
+    learned = learn_ranker(lessons, epochs=4)
+    with torch.inference_mode():
+        assert torch.equal(learned(lessons.features), blended(lessons.features, WEIGHTS))
+
+
+def _opposite(features: Tensor) -> None:
+    """What came next is the one with the smallest value of the rule."""
+    worst, rows = _rule(features).argmin(1), torch.arange(len(features))
+    first = features[:, 0].clone()
+    features[:, 0] = features[rows, worst]
+    features[rows, worst] = torch.where((worst == 0).unsqueeze(1), features[:, 0], first)
+
+
+def test_untaught_it_says_what_the_blend_says_and_is_no_draw_of_chance() -> None:
+    before = torch.random.get_rng_state()
+    ranker, features = Ranker.untaught(), torch.randn(40, F)
+    assert torch.equal(ranker(features), blended(features, WEIGHTS))
+    assert not ranker.taught
+    assert learn_ranker(_planted(100), epochs=1).taught
+    torch.random.set_rng_state(before)
+    assert torch.equal(torch.randn(40, F), features), "making one draws nothing"
+
+
+def test_a_ranker_of_before_there_was_a_blend_says_what_it_said() -> None:
+    learned = learn_ranker(_planted(100), epochs=2)
+    older = Ranker.restore({name: value for name, value in learned.state().items() if name != "blend"})
+    features = torch.randn(9, 5, F)
+    with torch.inference_mode():
+        said = learned(features) - blended(features, WEIGHTS)
+        torch.testing.assert_close(older(features).log_softmax(1), said.log_softmax(1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_best_epoch_by_the_newest_moments_is_kept() -> None:

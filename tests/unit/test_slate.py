@@ -21,7 +21,7 @@ from innerloop.evaluation.slate.features import (
     price_ranks,
 )
 from innerloop.evaluation.slate.heads import LISTS, HeadArms, support, teach
-from innerloop.evaluation.slate.log import read_log
+from innerloop.evaluation.slate.log import SlateLog, read_log
 from innerloop.evaluation.slate.replay import Choice, Replay
 from innerloop.learning.ads.choosers import Chooser, Seen
 
@@ -156,11 +156,7 @@ def test_a_folder_may_have_files_of_several_kinds(file: Path, tmp_path: Path) ->
     chosen.head(40).with_columns(pl.col("user_id").cast(pl.Float64)).write_parquet(folder / "lists.parquet")
     bars = (pl.col(name).cast(pl.List(pl.String)).list.join("|") for name in ("impressions", "prices"))
     chosen.slice(40).with_columns(bars).rename({"ts_ms": "timestamp"}).write_csv(folder / "bars.csv")
-    first, again = read_log(file), read_log(folder)
-    for column in ("users", "sessions", "times", "actions", "items", "contexts"):
-        np.testing.assert_array_equal(getattr(first, column), getattr(again, column))
-    assert [shown.tolist() for shown in first.shown] == [shown.tolist() for shown in again.shown]
-    assert [prices.tolist() for prices in first.prices] == [prices.tolist() for prices in again.prices]
+    _alike(read_log(file), read_log(folder))
 
 
 def test_numbers_that_turn_into_text_late_are_text(tmp_path: Path) -> None:
@@ -170,12 +166,58 @@ def test_numbers_that_turn_into_text_late_are_text(tmp_path: Path) -> None:
     assert len(read_log(tmp_path / "late.csv")) == 3 * 3_401
 
 
-@pytest.mark.parametrize("whose", ["user", "session"])
+def test_columns_of_other_names_are_mapped_and_the_case_of_letters_is_no_matter(file: Path, tmp_path: Path) -> None:
+    names = {"item_id": "reference_no", "prices": "cost", "user_id": "USER_ID", "step": "Step"}
+    _log().rename(names).write_parquet(tmp_path / "x.parquet")
+    mapped = {"item_id": "reference_no", "prices": "cost"}
+    _alike(read_log(tmp_path / "x.parquet", columns=mapped), read_log(file))
+    with pytest.raises(SettingsError, match="sku is no column of a log of lists: those are user_id,"):
+        read_log(file, columns={"sku": "item_id"})
+
+
+def test_actions_of_one_time_are_in_no_order_unless_the_file_says_so(tmp_path: Path) -> None:
+    table = _log(60).with_columns(ts_ms=pl.col("ts_ms").min())
+    table.drop("step").write_parquet(tmp_path / "x.parquet")
+    table.write_parquet(tmp_path / "stepped.parquet")
+    first, again, other = (read_log(tmp_path / "x.parquet", seed=seed) for seed in (1, 1, 2))
+    _alike(first, again)
+    written = table["action_type"].to_list()
+    orders = [[log.action_names[at] for at in log.actions] for log in (first, other)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(written)
+    assert len({tuple(order) for order in (*orders, written)}) == 3
+    stepped = read_log(tmp_path / "stepped.parquet")
+    steps = table.group_by("step").agg("action_type").sort("step")["action_type"].list.unique()
+    assert [{stepped.action_names[at] for at in part} for part in np.split(stepped.actions, len(steps))] == [
+        set(names) for names in steps.to_list()
+    ]
+
+
+@pytest.mark.parametrize("between", [",", ";", " "])
+def test_prices_with_another_separator_are_refused_with_the_right_one(tmp_path: Path, between: str) -> None:
+    bars = pl.col("impressions").cast(pl.List(pl.String)).list.join("|")
+    joined = pl.col("prices").cast(pl.List(pl.String)).list.join(between)
+    _log(60).with_columns(bars, joined).write_csv(tmp_path / "x.csv")
+    with pytest.raises(SettingsError, match=r"60 lists with prices, none of them a number for each item: .* `\|`"):
+        read_log(tmp_path / "x.csv")
+
+
+def test_a_log_that_tells_no_price_is_read(tmp_path: Path) -> None:
+    _log(60).with_columns(prices=pl.lit(None, pl.List(pl.Float64))).write_parquet(tmp_path / "x.parquet")
+    assert all(np.isnan(prices).all() for prices in read_log(tmp_path / "x.parquet").prices)
+
+
+def _alike(one: SlateLog, other: SlateLog) -> None:
+    for column in ("users", "sessions", "times", "actions", "items", "contexts"):
+        np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+    assert [shown.tolist() for shown in one.shown] == [shown.tolist() for shown in other.shown]
+    assert [prices.tolist() for prices in one.prices] == [prices.tolist() for prices in other.prices]
+
+
+@pytest.mark.parametrize("whose", ["user_id", "session_id"])
 @pytest.mark.parametrize("gap", [None, float("nan")])
 def test_an_action_of_nobody_or_no_session_is_refused(tmp_path: Path, whose: str, gap: float | None) -> None:
-    name = f"{whose}_id"
-    hole = pl.when(pl.col("step") == 2).then(pl.lit(gap, pl.Float64)).otherwise(name)
-    _log(30).with_columns(hole.alias(name)).write_parquet(tmp_path / "x.parquet")
+    hole = pl.when(pl.col("step") == 2).then(pl.lit(gap, pl.Float64)).otherwise(whose)
+    _log(30).with_columns(hole.alias(whose)).write_parquet(tmp_path / "x.parquet")
     with pytest.raises(SettingsError, match=f"30 actions without a {whose}: remove them, or give every action one"):
         read_log(tmp_path / "x.parquet")
 
@@ -321,10 +363,10 @@ def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path) -> N
     assert outcome.means["vsknn"]["mrr"].mean() > outcome.means["shown-order"]["mrr"].mean() + 0.2
 
 
-@pytest.mark.parametrize("missing", ["user_id", "session_id", "ts_ms", "action_type", "item_id", "impressions"])
+@pytest.mark.parametrize("missing", ["user_id", "session_id", "event_time", "action_type", "item_id", "impressions"])
 def test_a_missing_column_is_named(tmp_path: Path, missing: str) -> None:
-    _log(30).drop(missing).write_parquet(tmp_path / "x.parquet")
-    with pytest.raises(SettingsError, match=f"none named {missing}"):
+    _log(30).drop("ts_ms" if missing == "event_time" else missing).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(SettingsError, match=f"none that is known as {missing}: map one with --column {missing}=NAME"):
         slate.run(tmp_path / "x.parquet", seed=0, tell=_tell)
 
 

@@ -22,7 +22,7 @@ from innerloop.events import IMPRESSION
 
 TIMES = ("event_time", "ts_ms", "timestamp", "time", "ts")
 """The columns that are taken for the time of an event."""
-_NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, ...]] = {
     "event_id": ("event_id",),
     "event_type": ("event_type", "event", "behavior", "behaviour", "action_type", "type"),
     "user_id": ("user_id", "userid", "visitorid", "visitor_id", "customer_id"),
@@ -36,6 +36,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "value": ("value",),
     "ad_id": ("ad_id",),
 }
+"""By our name of a column the usual names of it, in lower case."""
 _REQUIRED = ("user_id", "item_id", "event_time")
 _NUMBERS: dict[str, pl.DataType] = {"price": pl.Float64(), "value": pl.Float64(), "quantity": pl.Int64()}
 _TYPES = {
@@ -115,7 +116,7 @@ def event_columns(
     """`find_columns` of the event table; nobody was asked for a map where it is None. Raises SettingsError likewise."""
     advice = "rename one" if mapped is None else "map one with --column {}=NAME"
     table = "the event table"
-    return find_columns(raw, mapped or {}, path, names=_NAMES, required=required, table=table, advice=advice)
+    return find_columns(raw, mapped or {}, path, names=NAMES, required=required, table=table, advice=advice)
 
 
 def find_columns(
@@ -161,7 +162,7 @@ def _events(raw: pl.DataFrame, path: Path, columns: Mapping[str, str] | None) ->
     table = _typed(table, path)
     if "event_id" not in table.columns:
         table = table.with_columns(_event_ids(table))
-    order = [name for name in _NAMES if name in table.columns]
+    order = [name for name in NAMES if name in table.columns]
     return table.select(order).sort("event_time", maintain_order=True)
 
 

@@ -1,11 +1,13 @@
 """The second stage of a list: candidates in, how likely each is the task's next item.
 
-A small network f over a candidate's features, taught so that the softmax over a moment's candidates,
+A function f = b + g of a candidate's features, taught so that the softmax over a moment's candidates,
 
     P(i) = exp f(x_i) / sum over candidates j of exp f(x_j)
 
 is high for the item that came next (listwise softmax cross-entropy; Cao et al. 2007). It aggregates models: the head's
-score is one feature among live popularity, co-visits and the task's own items.
+score is one feature among live popularity, co-visits and the task's own items. b is the blend of them that is good in
+any shop (`blend`), g a small network that learns what is different in this one: it begins at 0 and is held near it, so
+few lessons change little.
 """
 
 import math
@@ -17,13 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from innerloop.learning.blend import NOTHING, WEIGHTS, blended
 from innerloop.learning.candidates import FEATURES, PLAIN, Candidates
 
+LEAST_LESSONS = 30
+"""With fewer a ranker stays as it begins: of 17 it learned what was wrong, of 42 what was right."""
 _HIDDEN = 32
 _NEGATIVES = 96
 _BATCH = 8, 32  # lessons in a step, at least and at most
 _STEPS = 64  # in an epoch, about; more where the lessons are more than so many of the largest steps
 _RATE = 3e-3
+_DECAY = 1e-2  # of the network's weights, which is towards the blend
 _PATIENCE = 3
 _FAR = 10.0  # standard deviations: a value that was rare while learning must not outweigh all others
 _HELD_OUT = 0.15
@@ -33,23 +39,46 @@ _JUDGED = 6_000  # lessons at most by which it is decided whether a sequence mod
 
 
 class Ranker:
-    """`mean` and `scale` [F] standardise the features; two hidden layers of `_HIDDEN` units follow."""
+    """`mean` and `scale` [F] standardise the features for the network; `blend` [K] are the weights of what is added."""
 
-    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Sequential) -> None:
-        self.mean, self.scale, self.network = mean, scale, network
+    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Sequential, blend: Tensor) -> None:
+        self.mean, self.scale, self.network, self.blend = mean, scale, network, blend
 
     @classmethod
-    def new(cls, mean: Tensor, scale: Tensor) -> Self:
+    def new(cls, mean: Tensor, scale: Tensor, blend: Tensor = NOTHING) -> Self:
+        """A network of two hidden layers as it is drawn."""
         network = nn.Sequential(
             nn.Linear(len(mean), _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1)
         )
-        return cls(mean, scale, network)
+        return cls(mean, scale, network, blend)
+
+    @classmethod
+    def beginning(cls, mean: Tensor, scale: Tensor) -> Self:
+        """The ranker that lessons change: the blend alone."""
+        ranker = cls.new(mean, scale, WEIGHTS)
+        with torch.no_grad():
+            for weights in ranker.network[-1].parameters():
+                weights.zero_()
+        return ranker
+
+    @classmethod
+    def untaught(cls) -> Self:
+        """The ranker of a shop with too few events to teach one."""
+        with torch.random.fork_rng(devices=[]):
+            ranker = cls.beginning(torch.zeros(PLAIN), torch.zeros(PLAIN))
+        ranker.network.requires_grad_(requires_grad=False)
+        return ranker
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learned from this shop."""
+        return bool(self.scale.any())
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Tell f of the first F of features [.., >= F]: [..]."""
+        """Tell f of features [.., >= F], of which the network reads the first F: [..]."""
         standard = ((features[..., : len(self.mean)] - self.mean) * self.scale).clamp(-_FAR, _FAR)
         scores: Tensor = self.network(standard).squeeze(-1)
-        return scores
+        return scores + blended(features, self.blend)
 
     def on(self, device: torch.device) -> Self:
         """The same on that device."""
@@ -58,13 +87,13 @@ class Ranker:
         return type(self).restore({name: value.to(device) for name, value in self.state().items()})
 
     def state(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "scale": self.scale, **self.network.state_dict()}
+        return {"mean": self.mean, "scale": self.scale, "blend": self.blend, **self.network.state_dict()}
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         """The ranker that `state()` is of. Raises KeyError or RuntimeError when it doesn't fit."""
         with torch.device("meta"):  # nothing is drawn for weights that are replaced
-            ranker = cls.new(state["mean"], state["scale"])
+            ranker = cls.new(state["mean"], state["scale"], state.get("blend", NOTHING))  # older ones have none
         layers = {key: value for key, value in state.items() if key[0].isdigit()}
         ranker.network.load_state_dict(layers, assign=True)
         return ranker
@@ -182,9 +211,9 @@ def learn_ranker(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ranker = _standardised(train)
-    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=1e-5)
+    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=_DECAY)
     batch = min(_BATCH[1], max(_BATCH[0], len(train) // _STEPS))
-    best, state, patience = float("inf"), ranker.state(), 0
+    best, state, patience = _surprise(ranker, test), _copy(ranker), 0
     for epoch in range(epochs):
         tell("ranker", epoch / epochs)
         order = torch.randperm(len(train), generator=generator)
@@ -192,11 +221,10 @@ def learn_ranker(
             optimiser.zero_grad()
             train[rows].loss(ranker).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-        with torch.inference_mode():
-            reached = float(test.loss(ranker))
+        reached = _surprise(ranker, test)
         patience = 0 if reached < best else patience + 1
         if reached < best:
-            best, state = reached, {key: value.clone() for key, value in ranker.state().items()}
+            best, state = reached, _copy(ranker)
         if patience == _PATIENCE:
             break
         for group in optimiser.param_groups:
@@ -206,10 +234,19 @@ def learn_ranker(
     return ranker
 
 
+def _surprise(ranker: Ranker, lessons: Lesson) -> float:
+    with torch.inference_mode():
+        return float(lessons.loss(ranker))
+
+
+def _copy(ranker: Ranker) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in ranker.state().items()}
+
+
 def _standardised(lessons: Lesson) -> Ranker:
     real = lessons.features[lessons.offset > -torch.inf]
     spread = real.std(0)
     # What never moved says nothing, now or later: divided by next to nothing, the first to move would outshout all.
     scale = torch.where(spread > _LEAST_SPREAD, 1.0 / spread, 0.0)
     scale[FEATURES.index("foreseen_only") :] = 0.0  # for telling lessons apart, not for ranking
-    return Ranker.new(real.mean(0), scale)
+    return Ranker.beginning(real.mean(0), scale)

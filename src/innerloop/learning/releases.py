@@ -20,6 +20,7 @@ from torch import Tensor
 
 from innerloop.errors import SettingsError
 from innerloop.learning.ads.ad_model import AdModel
+from innerloop.learning.blend import WEIGHTS
 from innerloop.learning.candidates import FEATURES, PLAIN
 from innerloop.learning.encoder import Encoder
 from innerloop.learning.heads import RESTORE, Head
@@ -199,6 +200,7 @@ def _check_shapes(
     if ranker is not None:
         count = (len(FEATURES) if has_sequence else PLAIN,)
         expected |= {"means of its ranker": (ranker.mean, count), "scales of its ranker": (ranker.scale, count)}
+        expected |= {"blend of its ranker": (ranker.blend, tuple(WEIGHTS.shape))}
         expected |= {f"{name} of its ranker": (t, tuple(t.shape)) for name, t in ranker.network.state_dict().items()}
     for what, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):

@@ -38,7 +38,7 @@ from innerloop.learning.episodes import Log, episodes_of, log_of
 from innerloop.learning.heads import META_TRAIN, BayesHead, Head, NoneHead, Recipe
 from innerloop.learning.heads.bayes import learn_prior
 from innerloop.learning.processes import agreed
-from innerloop.learning.ranker import Ranker, learn_ranker, worth_of_sequences
+from innerloop.learning.ranker import LEAST_LESSONS, Ranker, learn_ranker, worth_of_sequences
 from innerloop.learning.ranker_training import lessons
 from innerloop.learning.releases import Card, DataSummary, Release
 from innerloop.learning.scorer import Scorer
@@ -54,7 +54,7 @@ LEAST_EVENTS = 100
 _SELECTION_TASKS, _FINAL_TASKS = 500, 4_000
 _SAMPLE = 2_000
 _NEGATIVES = 128
-_MOMENTS, _LEAST_MOMENTS = 20_000, 100
+_MOMENTS, _LEAST_MOMENTS = 20_000, 100  # to teach the ranker with, and to judge a sequence model by
 _RANKED_AT_ONCE = 128
 _SURE = 2.0  # standard errors by which lists must be better for a sequence model, which makes them slower
 _INF = float("inf")
@@ -145,7 +145,7 @@ def train(
     tell("prior", 0.95)
     head = lesson.teach(log, encoder.vectors, choice, _FINAL_TASKS)
     sequence, transitions = None, None
-    if agreed(taught is not None and ranker is not None and len(ranker.mean) > PLAIN) and taught is not None:
+    if agreed(taught is not None and len(ranker.mean) > PLAIN) and taught is not None:
         recipe = lesson.recipe
         sequence = continue_learning(
             taught,
@@ -279,7 +279,7 @@ class _Lesson:
         self, early: Release, tell: Progress, checkpoint: Path | None
     ) -> tuple[Release, Taught | None, dict[str, float]]:
         """Give the early release a sequence model of the same events, judged by what came after."""
-        few = self.history.height - early.card.data.events < _LEAST_MOMENTS  # there will be no ranker to read it
+        few = self.history.height - early.card.data.events < _LEAST_MOMENTS
         if self.settings.sequence == "off" or few:
             return early, None, {}
         log = self.log_of(self.history, early.item_ids)
@@ -299,14 +299,14 @@ class _Lesson:
         early = replace(early, sequence=taught.encoder(self.recipe), transitions=Transitions.learn(before))
         return early, taught, taught.metrics
 
-    def rank(self, early: Release, tell: Progress) -> tuple[Ranker | None, dict[str, float]]:
-        """Teach the ranker on a sample of the events after `early`, and measure it on the newest; None if too few."""
+    def rank(self, early: Release, tell: Progress) -> tuple[Ranker, dict[str, float]]:
+        """Teach the ranker on a sample of the events after `early`, unless they are too few to teach it anything."""
         # What only the catalogue says of an item that is new to `early` a service learns with the next release.
         log = stream_of(self.told, seed=self.settings.seed)
         weights = kind_weights(self.weights)
         rows = np.flatnonzero((log.times > early.card.data.last_event_time) & (weights[log.kinds] > 0))
-        if len(rows) < _LEAST_MOMENTS:
-            return None, {}
+        if len(rows) < LEAST_LESSONS:
+            return Ranker.untaught(), {}
         rng = np.random.default_rng(self.settings.seed)
         if len(rows) > _MOMENTS:
             rows = np.sort(rng.choice(rows, _MOMENTS, replace=False))
@@ -319,8 +319,8 @@ class _Lesson:
             rng,
             lambda share: tell("what came next", 0.65 + 0.15 * share),
         )
-        if len(taught) < _LEAST_MOMENTS or len(taught.plain().learnable()) < _LEAST_MOMENTS:
-            return None, {}
+        if len(taught.plain().learnable()) < LEAST_LESSONS:
+            return Ranker.untaught(), {}
 
         def told(_what: str, share: float) -> None:
             tell("ranker", 0.8 + 0.1 * share)

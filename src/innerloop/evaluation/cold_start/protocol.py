@@ -31,15 +31,16 @@ _CUTOFFS = (1, 3, 5)
 _CHOOSING, _LEARNING = 0.45, 0.6  # shares of the whole time, for the progress bar
 
 
-def run(data: Path, *, seed: int, tell: Tell, steps: int = 200) -> Outcome:
+def run(data: Path, *, seed: int, tell: Tell, steps: int = 200, columns: Mapping[str, str] | None = None) -> Outcome:
     """Measure every arm on the folder `data`; one moment is one user's ten query ratings under one seed.
 
     Slices: `all` is every test file under the main protocol (users with 13 to 100 ratings, all examples but the ten);
     `<file>` is that of one file, `<file> k=<k>` the same file's shot curve (every user with more than ten ratings, no
-    more than k examples). `steps` are those of the heads that are meta-trained by gradient descent.
+    more than k examples). `steps` are those of the heads that are meta-trained by gradient descent. `columns` as for
+    `event_table.read_events`.
     Raises SettingsError when the folder is not as it must be, or no user of a test file has more than ten ratings.
     """
-    ratings = read_rating_data(data)
+    ratings = read_rating_data(data, columns)
     if not any(_asks(test) for test in ratings.tests.values()):
         raise SettingsError("No test file has a user with more than ten ratings: give some more of their ratings.")
     recipe = Recipe(seed=seed, steps=steps)

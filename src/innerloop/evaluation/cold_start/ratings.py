@@ -1,18 +1,18 @@
 """Reading a folder of ratings: items, users, meta_training and one or more `*_testing` files, parquet or CSV."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import identifiers_of, read_table, refuse_lists
+from innerloop.evaluation.event_table import NAMES, find_columns, identifiers_of, read_table, refuse_lists
 from innerloop.learning.rating_model import Ratings
 
 _SUFFIXES = (".parquet", ".csv")
 _TESTING = "_testing"
-_COLUMNS = ("user_id", "item_id", "rating")
+_COLUMNS = {"user_id": NAMES["user_id"], "item_id": NAMES["item_id"], "rating": ("rating", "stars", "score")}
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,17 @@ class RatingData:
     tests: dict[str, Ratings]
 
 
-def read_rating_data(folder: Path) -> RatingData:
-    """Read `folder`; a user's second rating of an item replaces the first.
+def read_rating_data(folder: Path, columns: Mapping[str, str] | None = None) -> RatingData:
+    """Read `folder`; a user's second rating of an item replaces the first. `columns` as for `event_table.read_events`.
 
     Raises SettingsError when a file or column is missing, unreadable or empty, or a rating is not a number.
     """
+    columns = columns or {}
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder: name one with items, users, meta_training and *_testing files.")
-    users, items = _entities(folder, "users", "user_id"), _entities(folder, "items", "item_id")
-    training = _ratings(_only(folder, "meta_training"))
-    tests = {name: _ratings(_only(folder, name + _TESTING)) for name in _test_names(folder)}
+    training = _ratings(_only(folder, "meta_training"), columns)
+    users, items = _entities(folder, "users", "user_id", columns), _entities(folder, "items", "item_id", columns)
+    tests = {name: _ratings(_only(folder, name + _TESTING), columns) for name in _test_names(folder)}
     tables = [training, *tests.values()]
     user_ids = _everyone("user_id", [users, *tables])
     item_ids = _everyone("item_id", [items, *tables])
@@ -82,14 +83,16 @@ def _read(path: Path) -> pl.DataFrame:
     return table
 
 
-def _entities(folder: Path, stem: str, key: str) -> pl.DataFrame:
+def _entities(folder: Path, stem: str, key: str, columns: Mapping[str, str]) -> pl.DataFrame:
     path = _only(folder, stem)
-    table = _with_columns(_read(path), (key,), path)
+    raw = _read(path)
+    mapped = {key: columns[key]} if columns.get(key) in raw.columns else {}  # it may be named otherwise in the ratings
+    table = _named(raw, {key: _COLUMNS[key]}, mapped, path)
     return table.with_columns(identifiers_of(table[key])).drop_nulls(key)
 
 
-def _ratings(path: Path) -> pl.DataFrame:
-    table = _with_columns(_read(path), _COLUMNS, path)
+def _ratings(path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
+    table = _named(_read(path), _COLUMNS, columns, path)
     rating = table["rating"].cast(pl.Float64, strict=False)
     table = table.select(identifiers_of(table["user_id"]), identifiers_of(table["item_id"]), rating)
     whole = table.filter(
@@ -100,12 +103,15 @@ def _ratings(path: Path) -> pl.DataFrame:
     return whole.unique(["user_id", "item_id"], keep="last").sort("user_id", "item_id")
 
 
-def _with_columns(table: pl.DataFrame, names: Sequence[str], path: Path) -> pl.DataFrame:
-    for name in names:
-        if name not in table.columns:
-            raise SettingsError(f"{path} has the columns {', '.join(table.columns)}, but no {name}: add or rename it.")
-    refuse_lists(table, names, path)
-    return table
+def _named(
+    raw: pl.DataFrame, names: Mapping[str, Sequence[str]], mapped: Mapping[str, str], path: Path
+) -> pl.DataFrame:
+    """The table with the columns that `names` asks for under our names, and all others under their own."""
+    table, advice = "a file of ratings", "map one with --column {}=NAME"
+    found = find_columns(raw, mapped, path, names=names, required=list(names), table=table, advice=advice)
+    refuse_lists(raw, found.values(), path)
+    others = [name for name in raw.columns if name not in found and name not in found.values()]
+    return raw.select(*(pl.col(theirs).alias(ours) for ours, theirs in found.items()), *others)
 
 
 def _everyone(key: str, tables: Sequence[pl.DataFrame]) -> pl.Series:

@@ -1,7 +1,7 @@
 """Reading a log of search sessions: what was done to which item, and at a click-out the list that was shown.
 
-Columns: user_id, session_id, ts_ms (or event_time, timestamp; as in an event table), action_type, item_id, impressions
-(a list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where the file has
+Columns: user_id, session_id, event_time, action_type and item_id (or what an event table knows them by), impressions (a
+list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where the file has
 them prices (as impressions), step (the order within one time), platform and device.
 """
 
@@ -13,17 +13,29 @@ import numpy as np
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import TIMES, are_whole, event_times, identifiers_of, read_table, refuse_lists
+from innerloop.evaluation.event_table import (
+    NAMES,
+    are_whole,
+    event_times,
+    find_columns,
+    identifiers_of,
+    read_table,
+    refuse_lists,
+)
 from innerloop.evaluation.outcome import Floats, Ints
 
-_TIMES = ("ts_ms", *(name for name in TIMES if name != "ts_ms"))
+_REQUIRED = ("user_id", "session_id", "event_time", "action_type", "item_id", "impressions")
 _NAMES: dict[str, tuple[str, ...]] = {
-    "user": ("user_id",),
-    "session": ("session_id",),
-    "time": _TIMES,
-    "action": ("action_type", "event_type"),
-    "item": ("item_id", "reference"),
+    "user_id": NAMES["user_id"],
+    "session_id": NAMES["session_id"],
+    "event_time": NAMES["event_time"],
+    "action_type": ("action_type", "event_type", "action", "event"),
+    "item_id": (*NAMES["item_id"], "reference"),
     "impressions": ("impressions",),
+    "prices": ("prices",),
+    "step": ("step",),
+    "platform": ("platform",),
+    "device": ("device",),
 }
 _CONTEXT = ("platform", "device")
 _LISTS = ("impressions", "prices")
@@ -50,19 +62,21 @@ class SlateLog:
         return len(self.users)
 
 
-def read_log(path: Path) -> SlateLog:
+def read_log(path: Path, *, seed: int = 0, columns: Mapping[str, str] | None = None) -> SlateLog:
     """Read a file, or every such file of a folder, each with columns and types of its own.
 
-    Raises SettingsError when nothing is there to read, a column is missing or cannot be understood, an action has no
-    user, session or time, or (nearly) no list holds the item that was chosen.
+    Actions of one time and step are put in random order. `columns` maps our names to the file's and goes before the
+    usual ones. Raises SettingsError when nothing is there to read, a column is missing or cannot be understood, an
+    action has no user, session or time, or (nearly) no list holds the item that was chosen.
     """
-    raws = {file: read_table(file, "actions") for file in _files(path)}
-    _refuse_missing([name for raw in raws.values() for name in raw.columns], path)
-    table = pl.concat([_typed(raw, file) for file, raw in raws.items()], how="diagonal_relaxed")
+    table = pl.concat([_typed(file, columns or {}) for file in _files(path)], how="diagonal_relaxed")
+    _refuse_missing(table, path)
     _refuse_gaps(table, path)
-    table = table.sort([name for name in ("time", "step") if name in table.columns], maintain_order=True)
+    shuffled = table[np.random.default_rng(seed).permutation(table.height)]
+    table = shuffled.sort([name for name in ("event_time", "step") if name in table.columns], maintain_order=True)
     log = _numbered(table)
     _refuse_unsplit(log, path)
+    _refuse_unpriced(table, log, path)
     return log
 
 
@@ -73,24 +87,27 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _refuse_missing(columns: Sequence[str], path: Path) -> None:
-    for usual in _NAMES.values():
-        if not any(name in columns for name in usual):
-            have = ", ".join(dict.fromkeys(columns)) or "(none)"
-            raise SettingsError(f"{path} has the columns {have}, but none named {usual[0]}: rename or add it.")
-
-
-def _typed(raw: pl.DataFrame, file: Path) -> pl.DataFrame:
+def _typed(file: Path, mapped: Mapping[str, str]) -> pl.DataFrame:
     """The columns that the file has, under our names and with the types that they have in every file."""
-    usual = _NAMES | {name: (name,) for name in ("prices", "step", *_CONTEXT)}
-    found = {ours: next((name for name in names if name in raw.columns), None) for ours, names in usual.items()}
-    columns = {ours: raw[theirs] for ours, theirs in found.items() if theirs is not None}
-    refuse_lists(raw, (column.name for ours, column in columns.items() if ours not in _LISTS), file)
-    return pl.DataFrame({ours: _as(ours, column, file) for ours, column in columns.items()})
+    raw = read_table(file, "actions")
+    found = find_columns(raw, mapped, file, names=_NAMES, required=(), table="a log of lists", advice="")
+    refuse_lists(raw, (theirs for ours, theirs in found.items() if ours not in _LISTS), file)
+    return pl.DataFrame({ours: _as(ours, raw[theirs], file) for ours, theirs in found.items()})
+
+
+def _refuse_missing(table: pl.DataFrame, path: Path) -> None:
+    """One of several files may lack a column: what was done where no list was shown needs no impressions."""
+    for name in _REQUIRED:
+        if name not in table.columns:
+            have = ", ".join(table.columns) or "(none)"
+            raise SettingsError(
+                f"{path} has of the columns that are needed {have}, and none that is known as {name}: map one with "
+                f"--column {name}=NAME."
+            )
 
 
 def _as(ours: str, column: pl.Series, file: Path) -> pl.Series:
-    if ours == "time":
+    if ours == "event_time":
         return event_times(column, file)
     if ours == "step":
         return column.cast(pl.Float64, strict=False)
@@ -98,9 +115,9 @@ def _as(ours: str, column: pl.Series, file: Path) -> pl.Series:
 
 
 def _refuse_gaps(table: pl.DataFrame, path: Path) -> None:
-    if table.is_empty() or table["time"].null_count():
+    if table.is_empty() or table["event_time"].null_count():
         raise SettingsError(f"{path} has no actions, or some without a time: give every action one.")
-    for name in ("user", "session"):
+    for name in ("user_id", "session_id"):
         if empty := table[name].null_count():
             raise SettingsError(f"{path} has {empty} actions without a {name}: remove them, or give every action one.")
 
@@ -119,6 +136,18 @@ def _refuse_unsplit(log: SlateLog, path: Path) -> None:
         )
 
 
+def _refuse_unpriced(table: pl.DataFrame, log: SlateLog, path: Path) -> None:
+    """Prices that no list can be told by were meant otherwise."""
+    if "prices" not in table.columns:
+        return
+    told = sum(bool(prices) for prices in table.filter(pl.col("impressions").is_not_null())["prices"].to_list())
+    if told and not any(np.isfinite(prices).any() for prices in log.prices):
+        raise SettingsError(
+            f"{path} has {told} lists with prices, none of them a number for each item: write them as the impressions, "
+            "as a list, or as text with `|` between the numbers, or leave the column out."
+        )
+
+
 def _listed(column: pl.Series, file: Path) -> pl.Series:
     """Lists of text from lists of numbers or text, or from text with `|` between the items."""
     if isinstance(column.dtype, pl.Array):
@@ -134,20 +163,20 @@ def _listed(column: pl.Series, file: Path) -> pl.Series:
 
 
 def _numbered(table: pl.DataFrame) -> SlateLog:
-    item = table["item"].fill_null("")
+    item = table["item_id"].fill_null("")
     # An item chosen outside of the list that was shown, or a list without a choice, is no choice among the shown.
     shown = table["impressions"].fill_null([])
     names = {name: at for at, name in enumerate(pl.concat([item, shown.explode().drop_nulls()]).unique().sort())}
     none: Ints = np.zeros(0, np.int64)  # one for all: most actions are shown no list
     lists = [_numbers(names, some) if some else none for some in shown.to_list()]
     items = np.array([names[one] if one else -1 for one in item.to_list()], np.int64)
-    actions, action_names = _codes(table["action"])
+    actions, action_names = _codes(table["action_type"])
     contexts = [name for name in _CONTEXT if name in table.columns]
     levels = [_codes(table[name]) for name in contexts]
     return SlateLog(
-        users=_codes(table["user"])[0],
-        sessions=_codes(table["session"])[0],
-        times=table["time"].to_numpy(),
+        users=_codes(table["user_id"])[0],
+        sessions=_codes(table["session_id"])[0],
+        times=table["event_time"].to_numpy(),
         actions=actions,
         action_names=action_names,
         items=items,

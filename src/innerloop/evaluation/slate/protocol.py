@@ -16,7 +16,7 @@ fitted again whenever the lists learned from have grown by a quarter. Arms:
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,15 +54,23 @@ MOST_SCORED = 50_000
 SIZES = {"0": (0, 0), "1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "11-20": (11, 20), "21+": (21, 1 << 62)}
 
 
-def run(data: Path, *, seed: int, tell: Tell, train_share: float = 0.5, most: int = MOST_SCORED) -> Outcome:
+def run(
+    data: Path,
+    *,
+    seed: int,
+    tell: Tell,
+    train_share: float = 0.5,
+    most: int = MOST_SCORED,
+    columns: Mapping[str, str] | None = None,
+) -> Outcome:
     """Judge every arm on the choices after the first `train_share` of the time span of `data` (a file or folder).
 
-    Of more than `most` of them every so-manieth is scored; all are learned from.
+    `columns` as for `log.read_log`. Of more than `most` of them every so-manieth is scored; all are learned from.
     Raises SettingsError when the data cannot be read or too few choices lie in the training part or after it.
     """
     if not 0.0 < train_share < 1.0:
         raise SettingsError(f"The training share is {train_share}: give one between 0 and 1.")
-    log = read_log(data)
+    log = read_log(data, seed=seed, columns=columns)
     cut = int(log.times[0] + train_share * (log.times[-1] - log.times[0]))
     earlier = int(np.searchsorted(log.times, cut))
     rows = np.array([is_choice(log, row) for row in range(len(log))])

@@ -121,7 +121,9 @@ def run(
     facts: dict[str, object] = {
         "trained_on": release.card.data.events,
         "trained_again": served.trained_again,
-        "ranker": "with each release" if release.ranker else "none in the first release: too few events to teach it",
+        "ranker": "taught with each release"
+        if release.ranker is not None and release.ranker.taught
+        else "the one for any shop in the first release: too few events to teach it",
         "described_items": len(release.encoder.described_ids),
         "warm_up": f"the {start} events of --history" if history is not None else start,
         "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
