@@ -35,8 +35,9 @@ from innerloop.store import items, releases, support_sets
 from innerloop.store.activity import ActivityReader
 from innerloop.store.database import Database, Transaction, transaction
 from innerloop.store.ledger import Ledger
-from innerloop.streams.batch import Batch, Partition
-from innerloop.streams.loop import LogEnds
+from innerloop.streams.batch import Batch
+from innerloop.streams.partitions import Partition
+from innerloop.streams.processor import LogEnds
 from innerloop.streams.publisher import Publisher, partition_of
 from innerloop.streams.watch import OutputWatch, Stranger, add_strangers, owner_headers
 from innerloop.support import Ints, SupportSets, emptied, gather
@@ -72,7 +73,7 @@ class _Scored:
 
 
 class Adapt:
-    """The processor behind `innerloop adapt`; see the module for its order and `streams.loop` for its contract."""
+    """The processor behind `innerloop adapt`; see the module for its order, `streams.processor` for its contract."""
 
     def __init__(
         self,

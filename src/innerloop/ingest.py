@@ -34,9 +34,10 @@ from innerloop.scores import AdaptationRequest
 from innerloop.store import erasures, items, support_sets
 from innerloop.store.database import Database, Transaction, transaction
 from innerloop.store.ledger import Ledger
-from innerloop.streams.batch import Batch, Partition, Record
+from innerloop.streams.batch import Batch, Record
 from innerloop.streams.dead_letters import send_dead_letter
-from innerloop.streams.loop import LogEnds
+from innerloop.streams.partitions import Partition
+from innerloop.streams.processor import LogEnds
 from innerloop.streams.publisher import Publisher
 from innerloop.support import EXAMPLE, Examples, Ints, Merged, SupportCache, SupportSets, gather, merge, newest
 from innerloop.tracing import Spans, Traces
@@ -82,7 +83,7 @@ class _Answer:
 
 
 class Ingest:
-    """The processor behind `innerloop ingest`; see the module for its order and `streams.loop` for its contract."""
+    """The processor behind `innerloop ingest`; see the module for its order, `streams.processor` for its contract."""
 
     def __init__(
         self,

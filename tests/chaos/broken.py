@@ -28,7 +28,8 @@ from innerloop.ingest import Ingest
 from innerloop.store import database, ledger
 from innerloop.store.database import transaction
 from innerloop.store.ledger import Ledger
-from innerloop.streams import loop
+from innerloop.streams import commits
+from innerloop.streams.commits import Commits
 from innerloop.streams.loop import Loop
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.watch import OutputWatch
@@ -59,7 +60,7 @@ def _is_flush(_publisher: Publisher, seconds: float) -> bool:
     return seconds > 0  # one of 0 s only looks whether there is something left
 
 
-def _has_done(self: Loop, **_: Any) -> bool:
+def _has_done(self: Commits, *_: Any, **__: Any) -> bool:
     return bool(self._done)
 
 
@@ -77,8 +78,8 @@ STEPS: dict[Kind, dict[str, Step]] = {
         "with some produced": Step(Publisher, "send", "after", _every(5)),
         "before the flush": Step(Publisher, "flush", "before", _is_flush),
         "after the flush": Step(Publisher, "flush", "after", _is_flush),
-        "before the commit": Step(Loop, "_commit", "before", _has_done),
-        "after the commit": Step(Loop, "_commit", "after", _has_done),
+        "before the commit": Step(Commits, "commit", "before", _has_done),
+        "after the commit": Step(Commits, "commit", "after", _has_done),
         "after a claim": Step(Ledger, "claim", "after"),
     },
     "adapt": {
@@ -88,8 +89,8 @@ STEPS: dict[Kind, dict[str, Step]] = {
         "with some produced": Step(Publisher, "send", "after", _every(5)),
         "before the flush": Step(Publisher, "flush", "before", _is_flush),
         "after the flush": Step(Publisher, "flush", "after", _is_flush),
-        "before the commit": Step(Loop, "_commit", "before", _has_done),
-        "after the commit": Step(Loop, "_commit", "after", _has_done),
+        "before the commit": Step(Commits, "commit", "before", _has_done),
+        "after the commit": Step(Commits, "commit", "after", _has_done),
     },
 }
 
@@ -127,8 +128,8 @@ def _commit_first() -> None:
     original = Loop._persist
 
     def persist(self: Loop, batch: Any) -> None:
-        self._is_done(batch)
-        self._commit(wait=True)
+        self._commits.done(batch)
+        self._commits.commit(self._consumer, wait=True)
         original(self, batch)
 
     Loop._persist = persist  # type: ignore[method-assign]
@@ -196,7 +197,7 @@ def _work(  # noqa: PLR0917 - what the fork is given
     if broken:
         BREAKS[broken]()
     if fault:
-        loop._COMMIT_SECONDS = 0.0  # every batch commits, or some would never meet that step
+        commits._EVERY_SECONDS = 0.0  # every batch commits, or some would never meet that step
         _set((STEPS[kind] | RARE)[fault.step], fault)
     url = SecretStr(writing_as(settings, name))
     own = settings.model_copy(update={"database": settings.database.model_copy(update={"url": url})})

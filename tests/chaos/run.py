@@ -42,7 +42,7 @@ from innerloop.evaluation.judge.verdict import Evidence, Verdict, judge
 from innerloop.learning.releases import save
 from innerloop.store.database import Database, connect
 from innerloop.store.migrate import migrate
-from innerloop.streams.batch import Partition
+from innerloop.streams.partitions import Partition
 from innerloop.streams.whole_topic import committed_offsets
 from innerloop.worker.servers.kafka import KafkaServer
 from innerloop.worker.servers.services import Services, running_services

@@ -532,7 +532,7 @@ def test_a_gap_begins_where_the_ledger_stands(small: Settings) -> None:
 
 
 def _accepting(member: Member) -> None:
-    member.loop._accept_gap = True
+    member.loop._gaps._accept = True
 
 
 def test_a_gap_met_again_after_a_crash_is_recorded_once(small: Settings) -> None:

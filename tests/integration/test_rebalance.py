@@ -12,8 +12,9 @@ from test_ingest import Member, check, committed, ends, events_of, ledger, send,
 from innerloop.config import Settings
 from innerloop.errors import StopError
 from innerloop.store.database import connect
-from innerloop.streams.batch import Batch, Partition
+from innerloop.streams.batch import Batch
 from innerloop.streams.loop import Loop
+from innerloop.streams.partitions import Partition
 from innerloop.worker import pool, processes
 from innerloop.worker.health import Health
 

@@ -7,10 +7,9 @@ from operator import methodcaller
 import msgspec
 from confluent_kafka import Message
 
+from innerloop.streams.partitions import Partition
 from innerloop.tracing import newest_parents
 
-Partition = tuple[str, int]
-"""(topic, partition)"""
 RecordHeaders = tuple[tuple[str, bytes | None], ...]
 UNREADABLE = "innerloop.original.headers.unreadable"
 """Stands for the headers of a record that can't be read."""

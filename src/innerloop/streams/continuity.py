@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import structlog
 
 from innerloop import metrics
-from innerloop.streams.batch import Batch, Partition
+from innerloop.streams.batch import Batch
+from innerloop.streams.partitions import Partition, name
 
 _LOG = structlog.get_logger(__name__)
 _DOUBTS = 3
@@ -92,4 +93,4 @@ def _goes_on(partition: Partition, place: _Place, offset: int) -> bool:
 
 
 def _told(partition: Partition, from_offset: int, to_offset: int) -> dict[str, object]:
-    return {"partition": f"{partition[0]}[{partition[1]}]", "from_offset": from_offset, "to_offset": to_offset}
+    return {"partition": name(partition), "from_offset": from_offset, "to_offset": to_offset}

@@ -9,7 +9,7 @@ from confluent_kafka.admin import AdminClient
 
 from innerloop.config import KafkaSettings
 from innerloop.streams import clients
-from innerloop.streams.batch import Partition
+from innerloop.streams.partitions import Partition
 
 _ANSWER_SECONDS = 5.0
 

@@ -8,6 +8,8 @@ import structlog
 from confluent_kafka import Consumer
 
 _LOG = structlog.get_logger(__name__)
+RETRY_SECONDS = 0.5
+"""After what raised RetryError the same is tried again."""
 _FIRST_SECONDS = 5.0
 _MOST_SECONDS = 300.0
 _CLOSE_SECONDS = 1.5
@@ -20,15 +22,19 @@ class Waiting:
         """A wait shorter than `patience` seconds is not worth a line."""
         self._what, self._patience = what, patience
         self._since: float | None = None
-        self._next = self._interval = 0.0
+        self._next = self._interval = self._tried = 0.0
 
     @property
     def waits(self) -> bool:
         return self._since is not None
 
+    def tried_within(self, seconds: float) -> bool:
+        """Whether it waits and was tried in vain so lately."""
+        return self.waits and time.monotonic() < self._tried + seconds
+
     def goes_on(self, why: str, **facts: object) -> None:
         """Tried in vain: told now, and 5, 15, 35 s later, and so on, at least every 5 minutes."""
-        now = time.monotonic()
+        now = self._tried = time.monotonic()
         if self._since is None:
             self._since, self._next, self._interval = now, now + self._patience, _FIRST_SECONDS
         if now >= self._next:

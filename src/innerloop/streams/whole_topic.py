@@ -8,7 +8,8 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from innerloop.config import Settings
 from innerloop.errors import RetryError, ServiceError
 from innerloop.streams import clients
-from innerloop.streams.batch import Batch, Partition, Record
+from innerloop.streams.batch import Batch, Record
+from innerloop.streams.partitions import Partition
 from innerloop.streams.topics import partition_counts
 
 _ANSWER_SECONDS = 10.0

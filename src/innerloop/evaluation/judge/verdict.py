@@ -32,7 +32,8 @@ from innerloop.evaluation.judge.oracle import Example, Oracle, Place, Rules, par
 from innerloop.evaluation.judge.scores import Final, ScoreJudge, listed, same_list
 from innerloop.scores import AdaptationRequest
 from innerloop.store.audit import LedgerRow, StoredSet
-from innerloop.streams.batch import Partition, Record
+from innerloop.streams.batch import Record
+from innerloop.streams.partitions import Partition
 
 MOST_FINDINGS = 100
 RECOMPUTED_USERS = 500

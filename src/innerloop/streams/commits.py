@@ -1,0 +1,87 @@
+"""Offsets are committed behind the work, never before it: a lost commit costs a repeat, nothing else.
+
+With the next offset goes the epoch of the leader that took the record before it. By that, which is given back at the
+next claim, librdkafka finds that a log has lost its end meanwhile, however long it has become again (KIP-320).
+"""
+
+import time
+from collections.abc import Container, Iterable, Sequence
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from innerloop.streams.batch import Batch
+from innerloop.streams.partitions import Partition, partition_of, place
+from innerloop.streams.waiting import Waiting
+
+_EVERY_SECONDS = 0.2
+_LAST_SECONDS = 1.5
+"""How long a stop waits for the broker to take the last offsets: what it does not take is read again."""
+_POLL_SECONDS = 0.1
+
+
+class Commits:
+    """What is done and not committed yet, by partition."""
+
+    def __init__(self) -> None:
+        self._done: dict[Partition, TopicPartition] = {}
+        self._committed_at = 0.0
+        self._unanswered = 0
+        self._refused = Waiting("offsets not committed", patience=5.0)
+
+    def done(self, batch: Batch) -> None:
+        """All of a batch is done."""
+        epochs = batch.leader_epochs
+        self._done |= {each: place(each, offset, epochs.get(each)) for each, offset in batch.next_offsets.items()}
+
+    def passed(self, partition: Partition, offset: int) -> None:
+        """What lies before `offset` is not needed any more."""
+        if partition not in self._done or self._done[partition].offset < offset:
+            self._done[partition] = place(partition, offset)
+
+    def leaves(self, partitions: Iterable[Partition]) -> None:
+        """These are others' now."""
+        for partition in partitions:
+            self._done.pop(partition, None)
+
+    def commit(self, consumer: Consumer, *, wait: bool = False) -> None:
+        """Commit what is done, if the last time was 0.2 s ago or the answer is waited for."""
+        if not self._done or (not wait and time.monotonic() - self._committed_at < _EVERY_SECONDS):
+            return
+        offsets = list(self._done.values())
+        self._committed_at = time.monotonic()
+        try:
+            if wait:
+                consumer.commit(offsets=offsets, asynchronous=False)
+            else:
+                consumer.commit(offsets=offsets, asynchronous=True)
+                self._unanswered += 1
+        except KafkaException as error:
+            self._refused.goes_on(error.args[0].str())
+            return
+        self._done.clear()
+
+    def answered(
+        self, error: KafkaError | None, committed: Sequence[TopicPartition], owned: Container[Partition]
+    ) -> None:
+        """Told by the next poll how a commit went; what the broker did not take is committed with the next."""
+        self._unanswered = max(0, self._unanswered - 1)
+        refused = [(each, why) for each in committed if (why := error or each.error) is not None]
+        if not refused:
+            self._refused.ends()
+        for each, why in refused:
+            self._refused.goes_on(why.str())
+            partition = partition_of(each)
+            if partition in owned and partition not in self._done:  # else there is newer
+                self._done[partition] = place(partition, each.offset, each.leader_epoch)
+
+    def forget_answers(self) -> None:
+        """The consumer that was asked is no more."""
+        self._unanswered = 0
+
+    def last(self, consumer: Consumer) -> None:
+        """Commit before leaving; a broker that does not answer in time is not waited for."""
+        until = time.monotonic() + _LAST_SECONDS
+        self._committed_at = 0.0
+        self.commit(consumer)
+        while self._unanswered and time.monotonic() < until:
+            consumer.poll(_POLL_SECONDS)  # what it brings is not handled, and so not committed
