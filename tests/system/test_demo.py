@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -66,6 +67,9 @@ def test_eight_seconds_of_the_shop(bare_shell: Shell) -> None:
     assert report["hit_rate"]["adapted"] > 1.3 * report["hit_rate"]["unadapted"]  # type: ignore[index]
     assert report["hit_rate"]["adapted"] > 1.3 * report["hit_rate"]["placebo"]  # type: ignore[index]
     assert json.dumps(report, indent=2) in demo.out, "and it is shown"
+    ready = re.findall(r"^== ready: (\d of 1 ingest, \d of 2 adapt)", demo.out, re.MULTILINE)
+    assert ready[-1] == "1 of 1 ingest, 2 of 2 adapt", "it says who is ready while they start"
+    assert demo.out.index("== ready: ") < demo.out.index("the loop runs")
     assert ours(mark) == []
 
 
