@@ -1,4 +1,4 @@
-"""`--column ours=theirs`, of every command that reads a file of events."""
+"""`--column ours=theirs`, of every command that reads what somebody else has written."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -69,7 +69,9 @@ def _train(settings: Settings, source: Source, checkpoint: Path | None) -> None:
     metrics = ", ".join(f"{name} {_written(value)}" for name, value in release.card.metrics.items())
     Console().print(f"Release {release.version} at {location}: {metrics}.", markup=False, highlight=False)
     if release.ranker is not None and not release.ranker.taught:
-        Console().print("Its ranker is the one that suits any shop: there are too few events yet to teach it this one.")
+        Console().print(
+            "Its ranker is the one that suits any shop: there are too few events yet to teach a better one."
+        )
 
 
 def _written(value: float) -> str:

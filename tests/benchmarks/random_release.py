@@ -16,7 +16,7 @@ from innerloop.learning.transitions import KEPT, Transitions
 
 
 def with_ranker(release: Release) -> Release:
-    """The same with an untaught ranker, frozen as a taught one is."""
+    """The same with a ranker as it is drawn, frozen as a taught one is."""
     torch.manual_seed(0)
     width = PLAIN if release.sequence is None else len(FEATURES)
     ranker = Ranker.new(torch.zeros(width), torch.ones(width))

@@ -48,6 +48,7 @@ from innerloop.store.ledger import Ledger
 from innerloop.store.migrate import migrate
 from innerloop.streams import clients, waiting
 from innerloop.streams.offsets import end_offsets
+from innerloop.streams.partitions import Partition
 from innerloop.streams.topics import ensure_topics, topic_ids
 from innerloop.worker.servers.kafka import KafkaServer
 from innerloop.worker.servers.services import Services, running_services
@@ -533,6 +534,29 @@ def test_a_gap_begins_where_the_ledger_stands(small: Settings) -> None:
 
 def _accepting(member: Member) -> None:
     member.loop._gaps._accept = True
+
+
+def test_a_gap_that_was_passed_is_committed_though_the_next_one_ends_the_worker(small: Settings) -> None:
+    """Else the flag would be used up: the next start would be at the gap again, and stop."""
+    _with_a_gap(small)
+
+    def then_one_that_no_gap_explains(member: Member) -> None:
+        _accepting(member)
+        gaps = member.loop._gaps
+        found = gaps.found
+
+        def found_and_another(partition: Partition, offset: int | None, why: str) -> None:
+            found(partition, offset, why)
+            gaps._wanted[small.topics.clicks, 1] = 10_000
+
+        gaps.found = found_and_another  # type: ignore[method-assign]
+
+    with Member(small, then_one_that_no_gap_explains) as member:
+        error = member.has_left()
+    assert isinstance(error, StopError)
+    assert "which no gap explains" in str(error)
+    assert _gaps(small) == [(20, 45)]
+    assert committed(small)[small.topics.clicks, 2] == 45
 
 
 def test_a_gap_met_again_after_a_crash_is_recorded_once(small: Settings) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from innerloop.learning.blend import NOTHING, WEIGHTS, blended
+from innerloop.learning.blend import WEIGHTS, blended
 from innerloop.learning.candidates import FEATURES
 from innerloop.trends import EPSILON
 
@@ -27,7 +27,7 @@ def _share(share: float) -> float:
 SHARES = st.floats(0.0, 1.0)
 
 
-@given(st.tuples(*[SHARES] * 9))
+@given(st.tuples(*[SHARES] * 8, st.floats(-30.0, 30.0)))
 def test_it_is_the_logarithm_of_the_weighted_shares(shares: tuple[float, ...]) -> None:
     after, before, last, hour, day, recency, kept, category, head = shares
     found = blended(
@@ -45,7 +45,7 @@ def test_it_is_the_logarithm_of_the_weighted_shares(shares: tuple[float, ...]) -
         WEIGHTS,
     )
     mixed = after + 0.5 * before + last + hour + 0.3 * day
-    mixed += 0.3 * recency * (1 + kept) + 3 * category * day + 0.02 * head
+    mixed += 0.3 * recency * (1 + kept) + 3 * category * day + 0.01 * (0.5 + 0.5 * head / (1 + abs(head)))
     assert float(found) == pytest.approx(math.log(mixed + 1e-6), rel=1e-4, abs=1e-4)
 
 
@@ -62,6 +62,8 @@ def test_it_is_the_logarithm_of_the_weighted_shares(shares: tuple[float, ...]) -
         ({"own_recency": 0.1}, {"head": 1.0}),
         ({"log_after_last": _share(0.5)}, {"log_share_3600s": _share(0.05)}),
         ({"head": 0.01}, {}),
+        ({"head": -1.0}, {"head": -2.0}),
+        ({"head": 21.4}, {"head": 21.3}),
     ],
 )
 def test_more_of_a_share_is_likelier(better: dict[str, float], worse: dict[str, float]) -> None:
@@ -72,9 +74,3 @@ def test_values_that_are_no_shares_stay_finite() -> None:
     """A head's score is not bounded, and an item that was never met has no share at all."""
     wild = torch.stack([_row(head=-7.0), _row(head=1e30), torch.full((len(FEATURES),), 1e30), _row()])
     assert bool(blended(wild, WEIGHTS).isfinite().all())
-
-
-def test_without_weights_all_are_alike() -> None:
-    rows = torch.randn(50, len(FEATURES))
-    found = blended(rows, NOTHING)
-    assert torch.equal(found, found[:1].expand(50))

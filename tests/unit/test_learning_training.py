@@ -172,9 +172,10 @@ def _with_ranker(release: Release, **changes: torch.Tensor) -> Release:
 def test_a_ranker_that_does_not_fit_is_refused_in_one_sentence(release: Release, tmp_path: Path) -> None:
     assert release.ranker is not None
     state = release.ranker.state()
-    fewer = {"mean": state["mean"][1:], "scale": state["scale"][1:], "0.weight": state["0.weight"][:, 1:]}
+    fewer = {"centre": state["centre"][1:], "scale": state["scale"][1:], "0.weight": state["0.weight"][:, 1:]}
     broken = {"4.bias": torch.full_like(state["4.bias"], torch.nan)}
-    for changes in (fewer, broken, {"scale": torch.full_like(state["scale"], torch.inf)}):
+    infinite = ({name: torch.full_like(state[name], torch.inf)} for name in ("scale", "blend"))
+    for changes in (fewer, broken, {"blend": state["blend"][:-1]}, *infinite):
         path = save(_with_ranker(release, **changes), tmp_path)
         with pytest.raises(SettingsError, match=r"of its ranker that are not finite float32.*train it again"):
             load(path)
@@ -187,7 +188,7 @@ def test_a_ranker_that_does_not_fit_is_refused_in_one_sentence(release: Release,
         (lambda t: t.update(item_categories=t["item_categories"][:-1].clone()), "has categories of items"),
         (lambda t: t.update(item_categories=t["item_categories"] + 10_000), "has categories of items"),
         (lambda t: t.pop("ranker.0.weight"), "is no release that this version can read"),
-        (lambda t: t.pop("ranker.mean"), "is no release that this version can read"),
+        (lambda t: t.pop("ranker.centre"), "is no release that this version can read"),
         (lambda t: t.update({"ranker.0.weight": t["ranker.0.weight"][:1].clone()}), "is no release that this"),
     ],
 )

@@ -197,13 +197,49 @@ def test_prices_with_another_separator_are_refused_with_the_right_one(tmp_path: 
     bars = pl.col("impressions").cast(pl.List(pl.String)).list.join("|")
     joined = pl.col("prices").cast(pl.List(pl.String)).list.join(between)
     _log(60).with_columns(bars, joined).write_csv(tmp_path / "x.csv")
-    with pytest.raises(SettingsError, match=r"60 lists with prices, none of them a number for each item: .* `\|`"):
+    with pytest.raises(SettingsError, match=r"60 rows with prices, none of them a number for each item: .* `\|`"):
         read_log(tmp_path / "x.csv")
 
 
-def test_a_log_that_tells_no_price_is_read(tmp_path: Path) -> None:
-    _log(60).with_columns(prices=pl.lit(None, pl.List(pl.Float64))).write_parquet(tmp_path / "x.parquet")
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        pl.lit(None, pl.List(pl.Float64)),
+        pl.lit([None, None], pl.List(pl.Float64)),
+        pl.lit([float("nan")] * 25, pl.List(pl.Float64)),
+        pl.lit("NA|NA|NA"),
+        pl.lit("||||"),
+    ],
+)
+def test_a_log_that_tells_no_price_is_read(tmp_path: Path, nothing: pl.Expr) -> None:
+    _log(60).with_columns(prices=nothing).write_parquet(tmp_path / "x.parquet")
     assert all(np.isnan(prices).all() for prices in read_log(tmp_path / "x.parquet").prices)
+
+
+def test_of_two_columns_that_would_do_the_more_exact_is_taken(file: Path, tmp_path: Path) -> None:
+    table = _log()
+    others = {"event_time": pl.lit("2026-01-01"), "product_id": pl.lit(7), "User_ID": pl.lit(3)}
+    table.select(pl.lit(3).alias("User_ID"), *table.columns).with_columns(**others).rename(
+        {"item_id": "reference"}
+    ).write_parquet(tmp_path / "x.parquet")
+    _alike(read_log(tmp_path / "x.parquet"), read_log(file))
+
+
+def test_a_folder_may_lack_a_mapped_column_in_one_file_and_not_in_all(file: Path, tmp_path: Path) -> None:
+    table, folder = _log().rename({"impressions": "shown"}), tmp_path / "folder"
+    folder.mkdir()
+    table.filter(pl.col("step") < 3).drop("shown", "prices").write_parquet(folder / "looks.parquet")
+    table.filter(pl.col("step") == 3).write_parquet(folder / "lists.parquet")
+    _alike(read_log(folder, columns={"impressions": "shown"}), read_log(file))
+    with pytest.raises(SettingsError, match="none of them listed, which impressions is mapped to"):
+        read_log(folder, columns={"impressions": "listed"})
+
+
+def test_an_action_without_a_readable_step_comes_neither_before_nor_after_those_of_its_time(tmp_path: Path) -> None:
+    table = _log(30).with_columns(pl.col("ts_ms") // 10_000 * 10_000)
+    table.with_columns(pl.format("{}/3", "step").alias("step")).write_parquet(tmp_path / "x.parquet")
+    choices = list(Replay(read_log(tmp_path / "x.parquet"), 0).choices())
+    assert [sum(a.session == c.slate.session for a in c.history) for c in choices] == [0] * 30
 
 
 def _alike(one: SlateLog, other: SlateLog) -> None:
@@ -366,7 +402,7 @@ def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path) -> N
 @pytest.mark.parametrize("missing", ["user_id", "session_id", "event_time", "action_type", "item_id", "impressions"])
 def test_a_missing_column_is_named(tmp_path: Path, missing: str) -> None:
     _log(30).drop("ts_ms" if missing == "event_time" else missing).write_parquet(tmp_path / "x.parquet")
-    with pytest.raises(SettingsError, match=f"none that is known as {missing}: map one with --column {missing}=NAME"):
+    with pytest.raises(SettingsError, match=f"none of which is known as {missing}: map one with --column {missing}="):
         slate.run(tmp_path / "x.parquet", seed=0, tell=_tell)
 
 

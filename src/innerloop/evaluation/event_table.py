@@ -131,6 +131,7 @@ def find_columns(
 ) -> dict[str, str]:
     """By each of our `names` the column of `raw` that has it: the one it is mapped to, else the first of the usual.
 
+    A usual name in other letters than small ones does, too, where there is none in small ones.
     Raises SettingsError when one of the `required` is missing, or one that it is mapped to.
     """
     there = f"{path} has the columns {', '.join(raw.columns) or '(none)'}"
@@ -139,7 +140,7 @@ def find_columns(
             raise SettingsError(f"{ours} is no column of {table}: those are {', '.join(names)}.")
         if theirs not in raw.columns:
             raise SettingsError(f"{there}, none of them {theirs}, which {ours} is mapped to.")
-    lower = {name.lower(): name for name in reversed(raw.columns)}
+    lower = {name.lower(): name for name in reversed(raw.columns)} | {name: name for name in raw.columns}
     found = {ours: next((lower[n] for n in usual if n in lower), None) for ours, usual in names.items()}
     found |= mapped
     for ours in required:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from innerloop.learning.blend import NOTHING, WEIGHTS, blended
+from innerloop.learning.blend import WEIGHTS, blended
 from innerloop.learning.candidates import FEATURES, PLAIN, Candidates
 
 LEAST_LESSONS = 30
@@ -29,8 +29,8 @@ _NEGATIVES = 96
 _BATCH = 8, 32  # lessons in a step, at least and at most
 _STEPS = 64  # in an epoch, about; more where the lessons are more than so many of the largest steps
 _RATE = 3e-3
-_DECAY = 1e-2  # of the network's weights, which is towards the blend
-_PATIENCE = 3
+_DECAY, _DECAYED = 10.0, 1_000  # of the network's weights, towards the blend: shared by the lessons, so many at least
+_PATIENCE = 5  # epochs; with three, of 17,000 lessons one seed in two was stopped at a chance valley
 _FAR = 10.0  # standard deviations: a value that was rare while learning must not outweigh all others
 _HELD_OUT = 0.15
 _LEAST_SPREAD = 1e-3
@@ -39,13 +39,16 @@ _JUDGED = 6_000  # lessons at most by which it is decided whether a sequence mod
 
 
 class Ranker:
-    """`mean` and `scale` [F] standardise the features for the network; `blend` [K] are the weights of what is added."""
+    """`mean` and `scale` [F] standardise the features for the network; `blend` [K] are the weights of what is added.
 
-    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Sequential, blend: Tensor) -> None:
+    Rankers of before there was a blend have none.
+    """
+
+    def __init__(self, mean: Tensor, scale: Tensor, network: nn.Sequential, blend: Tensor | None) -> None:
         self.mean, self.scale, self.network, self.blend = mean, scale, network, blend
 
     @classmethod
-    def new(cls, mean: Tensor, scale: Tensor, blend: Tensor = NOTHING) -> Self:
+    def new(cls, mean: Tensor, scale: Tensor, blend: Tensor | None = None) -> Self:
         """A network of two hidden layers as it is drawn."""
         network = nn.Sequential(
             nn.Linear(len(mean), _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1)
@@ -65,20 +68,23 @@ class Ranker:
     def untaught(cls) -> Self:
         """The ranker of a shop with too few events to teach one."""
         with torch.random.fork_rng(devices=[]):
-            ranker = cls.beginning(torch.zeros(PLAIN), torch.zeros(PLAIN))
+            ranker = cls.new(torch.zeros(PLAIN), torch.zeros(PLAIN), WEIGHTS)
+        with torch.no_grad():
+            for weights in ranker.network.parameters():
+                weights.zero_()
         ranker.network.requires_grad_(requires_grad=False)
         return ranker
 
     @property
     def taught(self) -> bool:
-        """Whether it learned from this shop."""
-        return bool(self.scale.any())
+        """Whether it learned from this shop: without, or where all that it learned foretold less, it is the blend."""
+        return any(bool(weights.any()) for weights in self.network[-1].parameters())
 
     def __call__(self, features: Tensor) -> Tensor:
         """Tell f of features [.., >= F], of which the network reads the first F: [..]."""
         standard = ((features[..., : len(self.mean)] - self.mean) * self.scale).clamp(-_FAR, _FAR)
         scores: Tensor = self.network(standard).squeeze(-1)
-        return scores + blended(features, self.blend)
+        return scores if self.blend is None else scores + blended(features, self.blend)
 
     def on(self, device: torch.device) -> Self:
         """The same on that device."""
@@ -87,13 +93,19 @@ class Ranker:
         return type(self).restore({name: value.to(device) for name, value in self.state().items()})
 
     def state(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "scale": self.scale, "blend": self.blend, **self.network.state_dict()}
+        """Everything learned, by name.
+
+        A version that knows no blend must not read the network alone, and doesn't: it looks for a `mean`.
+        """
+        told = {"mean": self.mean} if self.blend is None else {"centre": self.mean, "blend": self.blend}
+        return {**told, "scale": self.scale, **self.network.state_dict()}
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         """The ranker that `state()` is of. Raises KeyError or RuntimeError when it doesn't fit."""
+        blend = state["blend"] if "centre" in state else None
         with torch.device("meta"):  # nothing is drawn for weights that are replaced
-            ranker = cls.new(state["mean"], state["scale"], state.get("blend", NOTHING))  # older ones have none
+            ranker = cls.new(state["mean" if blend is None else "centre"], state["scale"], blend)
         layers = {key: value for key, value in state.items() if key[0].isdigit()}
         ranker.network.load_state_dict(layers, assign=True)
         return ranker
@@ -201,8 +213,9 @@ def _held_out(lessons: Lesson) -> int:
 def learn_ranker(
     lessons: Lesson, *, epochs: int = 20, seed: int = 0, tell: Callable[[str, float], None] = lambda _w, _s: None
 ) -> Ranker:
-    """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs at least 20 moments.
+    """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs `LEAST_LESSONS`.
 
+    That may be before the first step.
     Steps are small and many: with 256 lessons in each, a small shop's ranker was still far from what its lessons teach.
     """
     held = _held_out(lessons)
@@ -211,7 +224,8 @@ def learn_ranker(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ranker = _standardised(train)
-    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=_DECAY)
+    decay = _DECAY / max(_DECAYED, len(train))
+    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=decay)
     batch = min(_BATCH[1], max(_BATCH[0], len(train) // _STEPS))
     best, state, patience = _surprise(ranker, test), _copy(ranker), 0
     for epoch in range(epochs):

@@ -61,7 +61,7 @@ class Release:
     encoder: Encoder
     head: Head
     ranker: Ranker | None = None
-    """Without one, lists are what the head alone likes best."""
+    """Those that are trained have one; without, lists are what the head alone likes best."""
     ads: AdModel | None = None
     """Without one, ads are ranked by the head, and their scores are no probabilities."""
     sequence: SequenceEncoder | None = None
@@ -200,7 +200,7 @@ def _check_shapes(
     if ranker is not None:
         count = (len(FEATURES) if has_sequence else PLAIN,)
         expected |= {"means of its ranker": (ranker.mean, count), "scales of its ranker": (ranker.scale, count)}
-        expected |= {"blend of its ranker": (ranker.blend, tuple(WEIGHTS.shape))}
+        expected |= {} if ranker.blend is None else {"blend of its ranker": (ranker.blend, tuple(WEIGHTS.shape))}
         expected |= {f"{name} of its ranker": (t, tuple(t.shape)) for name, t in ranker.network.state_dict().items()}
     for what, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):

@@ -319,18 +319,19 @@ class _Lesson:
             rng,
             lambda share: tell("what came next", 0.65 + 0.15 * share),
         )
-        if len(taught.plain().learnable()) < LEAST_LESSONS:
+        plain = taught.plain().learnable()
+        if len(plain) < LEAST_LESSONS:
             return Ranker.untaught(), {}
 
         def told(_what: str, share: float) -> None:
             tell("ranker", 0.8 + 0.1 * share)
 
         metrics = {"list_moments": float(len(rows))}
-        chosen = taught
-        if early.sequence is not None:
+        chosen = plain if early.sequence is None or len(plain) < _LEAST_MOMENTS else taught
+        if chosen is taught:
             metrics["sequence_worth"] = worth_of_sequences(taught, seed=self.settings.seed)
-        if early.sequence is None or (self.settings.sequence == "auto" and metrics["sequence_worth"] < _SURE):
-            chosen = taught.plain().learnable()
+            if self.settings.sequence == "auto" and metrics["sequence_worth"] < _SURE:
+                chosen = plain
         metrics["list_candidate_recall"] = len(chosen) / len(rows)
         return learn_ranker(chosen, seed=self.settings.seed, tell=told), metrics
 

@@ -5,7 +5,7 @@ Nothing is skipped in silence. What is stored already is no gap; what retention 
 explains that, and the worker stops.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import structlog
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -50,11 +50,13 @@ class Gaps:
         if not self._wanted:
             self._passing.ends()
 
-    def passed(self, consumer: Consumer) -> dict[Partition, int]:
-        """Have the consumer go on behind the gaps; the partitions that do, and where. Raises StopError."""
-        found: dict[Partition, int] = {}
+    def passed(self, consumer: Consumer) -> Iterator[tuple[Partition, int]]:
+        """Have the consumer go on behind the gaps: which partition does, and where, as soon as it does.
+
+        Raises StopError; what was told before holds.
+        """
         if not self._wanted or self._passing.tried_within(RETRY_SECONDS):
-            return found
+            return
         for partition, wanted in list(self._wanted.items()):
             try:
                 start = self._start(consumer, partition, wanted)
@@ -62,11 +64,10 @@ class Gaps:
             except (RetryError, KafkaException) as error:
                 self._passing.goes_on(str(error), partition=name(partition))
                 metrics.PAUSES.inc()
-                return found
-            found[partition] = start
+                return
             del self._wanted[partition]
+            yield partition, start
         self._passing.ends()
-        return found
 
     def _start(self, consumer: Consumer, partition: Partition, wanted: int) -> int:
         """Where reading can go on. Raises RetryError and StopError."""

@@ -295,7 +295,7 @@ class Loop:
     # --- partitions
 
     def _pass_gaps(self) -> None:
-        for partition, start in self._gaps.passed(self._consumer).items():
+        for partition, start in self._gaps.passed(self._consumer):
             self._continuity.starts({partition: start})
             self._claims.passed(partition)
             self._commits.passed(partition, start)

@@ -39,7 +39,7 @@ def read_rating_data(folder: Path, columns: Mapping[str, str] | None = None) -> 
     columns = columns or {}
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder: name one with items, users, meta_training and *_testing files.")
-    training = _ratings(_only(folder, "meta_training"), columns)
+    training = _ratings(_only(folder, "meta_training"), columns, must=True)
     users, items = _entities(folder, "users", "user_id", columns), _entities(folder, "items", "item_id", columns)
     tests = {name: _ratings(_only(folder, name + _TESTING), columns) for name in _test_names(folder)}
     tables = [training, *tests.values()]
@@ -84,15 +84,18 @@ def _read(path: Path) -> pl.DataFrame:
 
 
 def _entities(folder: Path, stem: str, key: str, columns: Mapping[str, str]) -> pl.DataFrame:
+    """Those that the file describes; their column may have the usual name whatever it is called in the ratings."""
     path = _only(folder, stem)
     raw = _read(path)
-    mapped = {key: columns[key]} if columns.get(key) in raw.columns else {}  # it may be named otherwise in the ratings
-    table = _named(raw, {key: _COLUMNS[key]}, mapped, path)
+    table = _named(raw, {key: _COLUMNS[key]}, {key: columns[key]} if columns.get(key) in raw.columns else {}, path)
     return table.with_columns(identifiers_of(table[key])).drop_nulls(key)
 
 
-def _ratings(path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
-    table = _named(_read(path), _COLUMNS, columns, path)
+def _ratings(path: Path, columns: Mapping[str, str], *, must: bool = False) -> pl.DataFrame:
+    """A file `must` have the columns that are mapped, or may have them under the usual names."""
+    raw = _read(path)
+    mapped = {ours: theirs for ours, theirs in columns.items() if must or theirs in raw.columns}
+    table = _named(raw, _COLUMNS, mapped, path)
     rating = table["rating"].cast(pl.Float64, strict=False)
     table = table.select(identifiers_of(table["user_id"]), identifiers_of(table["item_id"]), rating)
     whole = table.filter(

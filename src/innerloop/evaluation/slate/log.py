@@ -1,11 +1,11 @@
 """Reading a log of search sessions: what was done to which item, and at a click-out the list that was shown.
 
-Columns: user_id, session_id, event_time, action_type and item_id (or what an event table knows them by), impressions (a
-list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where the file has
-them prices (as impressions), step (the order within one time), platform and device.
+Columns: user_id, session_id, ts_ms (or event_time, timestamp; as in an event table), action_type, item_id or reference,
+impressions (a list, or text with the items between `|`; filled where a list was shown and one of it chosen), and where
+the file has them prices (as impressions), step (the order within one time), platform and device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from innerloop.evaluation.event_table import (
     read_table,
     refuse_lists,
 )
-from innerloop.evaluation.outcome import Floats, Ints
+from innerloop.evaluation.outcome import Bools, Floats, Ints
 
 _REQUIRED = ("user_id", "session_id", "event_time", "action_type", "item_id", "impressions")
 _NAMES: dict[str, tuple[str, ...]] = {
     "user_id": NAMES["user_id"],
     "session_id": NAMES["session_id"],
-    "event_time": NAMES["event_time"],
+    "event_time": ("ts_ms", *NAMES["event_time"]),  # the more exact of two
     "action_type": ("action_type", "event_type", "action", "event"),
-    "item_id": (*NAMES["item_id"], "reference"),
+    "item_id": ("item_id", "reference", *NAMES["item_id"]),
     "impressions": ("impressions",),
     "prices": ("prices",),
     "step": ("step",),
@@ -56,7 +56,7 @@ class SlateLog:
     prices: Sequence[Floats]  # NaN where unknown
     contexts: Ints  # [N, C] of platform, device: a number for each level
     context_names: list[str]
-    stepped: bool  # whether the file says the order of the actions of one time
+    stepped: Bools  # [N] whether the file says where the action stands among those of its time
 
     def __len__(self) -> int:
         return len(self.users)
@@ -65,18 +65,19 @@ class SlateLog:
 def read_log(path: Path, *, seed: int = 0, columns: Mapping[str, str] | None = None) -> SlateLog:
     """Read a file, or every such file of a folder, each with columns and types of its own.
 
-    Actions of one time and step are put in random order. `columns` maps our names to the file's and goes before the
-    usual ones. Raises SettingsError when nothing is there to read, a column is missing or cannot be understood, an
-    action has no user, session or time, or (nearly) no list holds the item that was chosen.
+    Actions of one time and step, or without one, are put in random order. `columns` maps our names to those of a file
+    and goes before the usual ones. Raises SettingsError when nothing is there to read, a column is missing or cannot be
+    understood, an action has no user, session or time, (nearly) no list holds the item that was chosen, or the prices
+    of a file are not its lists'.
     """
-    table = pl.concat([_typed(file, columns or {}) for file in _files(path)], how="diagonal_relaxed")
-    _refuse_missing(table, path)
+    raws, mapped = {file: read_table(file, "actions") for file in _files(path)}, columns or {}
+    _refuse_missing(raws.values(), mapped, path)
+    table = pl.concat([_typed(raw, file, mapped) for file, raw in raws.items()], how="diagonal_relaxed")
     _refuse_gaps(table, path)
     shuffled = table[np.random.default_rng(seed).permutation(table.height)]
     table = shuffled.sort([name for name in ("event_time", "step") if name in table.columns], maintain_order=True)
     log = _numbered(table)
     _refuse_unsplit(log, path)
-    _refuse_unpriced(table, log, path)
     return log
 
 
@@ -87,23 +88,33 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _typed(file: Path, mapped: Mapping[str, str]) -> pl.DataFrame:
-    """The columns that the file has, under our names and with the types that they have in every file."""
-    raw = read_table(file, "actions")
-    found = find_columns(raw, mapped, file, names=_NAMES, required=(), table="a log of lists", advice="")
-    refuse_lists(raw, (theirs for ours, theirs in found.items() if ours not in _LISTS), file)
-    return pl.DataFrame({ours: _as(ours, raw[theirs], file) for ours, theirs in found.items()})
+def _found(raw: pl.DataFrame, file: Path, mapped: Mapping[str, str]) -> dict[str, str]:
+    """By our names the columns that a file has; another one may have those that are missing."""
+    own = {ours: theirs for ours, theirs in mapped.items() if theirs in raw.columns or ours not in _NAMES}
+    return find_columns(raw, own, file, names=_NAMES, required=(), table="a log of lists", advice="")
 
 
-def _refuse_missing(table: pl.DataFrame, path: Path) -> None:
+def _refuse_missing(raws: Collection[pl.DataFrame], mapped: Mapping[str, str], path: Path) -> None:
     """One of several files may lack a column: what was done where no list was shown needs no impressions."""
+    columns = dict.fromkeys(name for raw in raws for name in raw.columns)
+    there = f"{path} has the columns {', '.join(columns) or '(none)'}"
+    found = set().union(*(_found(raw, path, mapped) for raw in raws))
+    for ours, theirs in mapped.items():
+        if theirs not in columns:
+            raise SettingsError(f"{there}, none of them {theirs}, which {ours} is mapped to.")
     for name in _REQUIRED:
-        if name not in table.columns:
-            have = ", ".join(table.columns) or "(none)"
-            raise SettingsError(
-                f"{path} has of the columns that are needed {have}, and none that is known as {name}: map one with "
-                f"--column {name}=NAME."
-            )
+        if name not in found:
+            raise SettingsError(f"{there}, none of which is known as {name}: map one with --column {name}=NAME.")
+
+
+def _typed(raw: pl.DataFrame, file: Path, mapped: Mapping[str, str]) -> pl.DataFrame:
+    """The columns that the file has, under our names and with the types that they have in every file."""
+    found = _found(raw, file, mapped)
+    refuse_lists(raw, (theirs for ours, theirs in found.items() if ours not in _LISTS), file)
+    table = pl.DataFrame({ours: _as(ours, raw[theirs], file) for ours, theirs in found.items()})
+    if "prices" in table.columns:
+        _refuse_unpriced(table["prices"], file)
+    return table
 
 
 def _as(ours: str, column: pl.Series, file: Path) -> pl.Series:
@@ -136,14 +147,12 @@ def _refuse_unsplit(log: SlateLog, path: Path) -> None:
         )
 
 
-def _refuse_unpriced(table: pl.DataFrame, log: SlateLog, path: Path) -> None:
-    """Prices that no list can be told by were meant otherwise."""
-    if "prices" not in table.columns:
-        return
-    told = sum(bool(prices) for prices in table.filter(pl.col("impressions").is_not_null())["prices"].to_list())
-    if told and not any(np.isfinite(prices).any() for prices in log.prices):
+def _refuse_unpriced(prices: pl.Series, file: Path) -> None:
+    """Text with digits and not one number has other signs between the prices."""
+    told = prices.list.join("").str.contains(r"\d").sum()
+    if told and not prices.explode().cast(pl.Float64, strict=False).is_not_null().any():
         raise SettingsError(
-            f"{path} has {told} lists with prices, none of them a number for each item: write them as the impressions, "
+            f"{file} has {told} rows with prices, none of them a number for each item: write them as the impressions, "
             "as a list, or as text with `|` between the numbers, or leave the column out."
         )
 
@@ -184,7 +193,7 @@ def _numbered(table: pl.DataFrame) -> SlateLog:
         prices=_prices(table, lists),
         contexts=np.stack([codes for codes, _ in levels], 1) if levels else np.zeros((len(items), 0), np.int64),
         context_names=contexts,
-        stepped="step" in table.columns,
+        stepped=table["step"].is_not_null().to_numpy() if "step" in table.columns else np.zeros(len(items), bool),
     )
 
 

@@ -53,8 +53,9 @@ class Replay:
                 session = int(log.sessions[row])
                 if is_choice(log, row):
                     other = _someone_else(int(log.users[row]), active, rng)
-                    yield self._choice(row, own, done[session], other, first=session not in sessions)
-                if log.stepped:
+                    earlier = done[session] if log.stepped[row] else []
+                    yield self._choice(row, own, earlier, other, first=session not in sessions)
+                if log.stepped[row]:
                     sessions.add(session)
                     done[session] += self._actions(row)
             for row in rows:

@@ -123,7 +123,7 @@ def run(
         "trained_again": served.trained_again,
         "ranker": "taught with each release"
         if release.ranker is not None and release.ranker.taught
-        else "the one for any shop in the first release: too few events to teach it",
+        else "the one for any shop in the first release: too few events to teach a better one",
         "described_items": len(release.encoder.described_ids),
         "warm_up": f"the {start} events of --history" if history is not None else start,
         "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
