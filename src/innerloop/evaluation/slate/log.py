@@ -121,7 +121,7 @@ def _as(ours: str, column: pl.Series, file: Path) -> pl.Series:
     if ours == "event_time":
         return event_times(column, file)
     if ours == "step":
-        return column.cast(pl.Float64, strict=False)
+        return column.cast(pl.Float64, strict=False).fill_nan(None)
     return _listed(column, file) if ours in _LISTS else identifiers_of(column)
 
 
