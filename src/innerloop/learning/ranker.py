@@ -12,7 +12,7 @@ few lessons change little.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -54,15 +54,6 @@ class Ranker:
             nn.Linear(len(mean), _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 1)
         )
         return cls(mean, scale, network, blend)
-
-    @classmethod
-    def beginning(cls, mean: Tensor, scale: Tensor) -> Self:
-        """The ranker that lessons change: the blend alone."""
-        ranker = cls.new(mean, scale, WEIGHTS)
-        with torch.no_grad():
-            for weights in ranker.network[-1].parameters():
-                weights.zero_()
-        return ranker
 
     @classmethod
     def untaught(cls) -> Self:
@@ -218,12 +209,13 @@ def learn_ranker(
     That may be before the first step.
     Steps are small and many: with 256 lessons in each, a small shop's ranker was still far from what its lessons teach.
     """
+    based = replace(lessons, offset=lessons.offset + blended(lessons.features, WEIGHTS))  # once, and not in every step
     held = _held_out(lessons)
-    train, test = lessons[: len(lessons) - held], lessons[len(lessons) - held :]
+    train, test = based[: len(based) - held], based[len(based) - held :]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ranker = _standardised(train)
+        ranker = _beginning(train)
     decay = _DECAY / max(_DECAYED, len(train))
     optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=decay)
     batch = min(_BATCH[1], max(_BATCH[0], len(train) // _STEPS))
@@ -245,7 +237,7 @@ def learn_ranker(
             group["lr"] *= 0.87
     ranker = Ranker.restore(state)
     ranker.network.requires_grad_(requires_grad=False)
-    return ranker
+    return Ranker(ranker.mean, ranker.scale, ranker.network, WEIGHTS)
 
 
 def _surprise(ranker: Ranker, lessons: Lesson) -> float:
@@ -257,10 +249,15 @@ def _copy(ranker: Ranker) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in ranker.state().items()}
 
 
-def _standardised(lessons: Lesson) -> Ranker:
+def _beginning(lessons: Lesson) -> Ranker:
+    """Features as these lessons have them, and a network that says 0 of all of them."""
     real = lessons.features[lessons.offset > -torch.inf]
     spread = real.std(0)
     # What never moved says nothing, now or later: divided by next to nothing, the first to move would outshout all.
     scale = torch.where(spread > _LEAST_SPREAD, 1.0 / spread, 0.0)
     scale[FEATURES.index("foreseen_only") :] = 0.0  # for telling lessons apart, not for ranking
-    return Ranker.beginning(real.mean(0), scale)
+    ranker = Ranker.new(real.mean(0), scale)
+    with torch.no_grad():
+        for weights in ranker.network[-1].parameters():
+            weights.zero_()
+    return ranker
