@@ -217,7 +217,7 @@ def learn_ranker(
         torch.manual_seed(seed)
         ranker = _beginning(train)
     decay = _DECAY / max(_DECAYED, len(train))
-    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=decay)
+    optimiser = torch.optim.Adam(ranker.network.parameters(), lr=_RATE, weight_decay=decay, fused=True)
     batch = min(_BATCH[1], max(_BATCH[0], len(train) // _STEPS))
     best, state, patience = _surprise(ranker, test), _copy(ranker), 0
     for epoch in range(epochs):
