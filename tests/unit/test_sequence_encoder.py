@@ -16,7 +16,7 @@ from innerloop.learning.candidates import FEATURES, PLAIN
 from innerloop.learning.described import Described
 from innerloop.learning.encoder import learn_encoder
 from innerloop.learning.episodes import log_of
-from innerloop.learning.ranker import Lesson, worth_of_sequences
+from innerloop.learning.ranker import Lesson, Ranker, worth_of_sequences
 from innerloop.learning.ranker_training import Replay
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer
@@ -245,9 +245,14 @@ def test_a_second_release_is_used_though_items_keep_the_places_of_the_first(rele
 
 
 def test_an_older_release_is_read_as_before(release: Release, tmp_path: Path) -> None:
-    """What was saved before there were sequence models has none of their tensors, and a ranker of fewer features."""
+    """What was saved before there were sequence models has none of their tensors, and a ranker of fewer features.
+
+    That was before rankers began as a blend, too.
+    """
     assert release.ranker is not None
     plain = trained(circle(), sequence="off")
+    assert plain.ranker is not None
+    plain = replace(plain, ranker=Ranker(plain.ranker.mean, plain.ranker.scale, plain.ranker.network, None))
     path = save(plain, tmp_path)
     stored = safetensors.torch.load_file(path.with_suffix(".safetensors"))
     assert not [name for name in stored if name.startswith(("sequence.", "transitions."))]
