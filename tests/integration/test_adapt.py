@@ -777,7 +777,9 @@ def test_a_worker_stopped_past_its_session_leaves_nothing_older_behind(world: Wo
     settings, users = with_properties(world.settings, **SHORT_SESSION), [f"u{n}" for n in range(300)]
     members = [process(settings), process(settings)]
     try:
-        wait_for(lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 2, 60)  # torch loads slowly
+        wait_for(
+            lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 2, 60
+        )  # torch loads slowly
 
         def load(until: Callable[[], bool]) -> None:
             while not until():
