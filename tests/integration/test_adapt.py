@@ -777,9 +777,8 @@ def test_a_worker_stopped_past_its_session_leaves_nothing_older_behind(world: Wo
     settings, users = with_properties(world.settings, **SHORT_SESSION), [f"u{n}" for n in range(300)]
     members = [process(settings), process(settings)]
     try:
-        wait_for(
-            lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 2, 60
-        )  # torch loads slowly
+        # Beside other work two processes were seen to load torch for half a minute.
+        wait_for(lambda: members_with_partitions(settings.kafka, settings.kafka.adapt_group) == 2, 60)
 
         def load(until: Callable[[], bool]) -> None:
             while not until():
