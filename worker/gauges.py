@@ -8,11 +8,11 @@ from innerloop import metrics
 from innerloop.config import Settings
 from innerloop.errors import ServiceError
 from innerloop.streams.lag import LagReader, PartitionLag
+from innerloop.streams.partitions import Partition
 from innerloop.streams.waiting import Waiting
 
 _EVERY_SECONDS = 2.0
 
-Partition = tuple[str, int]
 Look = Callable[[LagReader], object]
 
 

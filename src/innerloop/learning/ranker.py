@@ -206,8 +206,8 @@ def learn_ranker(
 ) -> Ranker:
     """Teach a ranker by Adam; the newest lessons are held out and say when to stop. Needs `LEAST_LESSONS`.
 
-    That may be before the first step.
-    Steps are small and many: with 256 lessons in each, a small shop's ranker was still far from what its lessons teach.
+    That may be before the first step. Steps are small and many: with 256 lessons in each, a small shop's ranker was
+    still far from what its lessons teach.
     """
     based = replace(lessons, offset=lessons.offset + blended(lessons.features, WEIGHTS))  # once, and not in every step
     held = _held_out(lessons)

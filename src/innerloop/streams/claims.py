@@ -12,7 +12,7 @@ from innerloop import metrics
 from innerloop.errors import RetryError
 from innerloop.streams.continuity import Continuity
 from innerloop.streams.gaps import log_ends
-from innerloop.streams.partitions import Partition, names, partition_of, place, places
+from innerloop.streams.partitions import Partition, names, of_place, place, places
 from innerloop.streams.processor import Processor
 from innerloop.streams.waiting import RETRY_SECONDS, Waiting
 
@@ -47,7 +47,7 @@ class Claims:
 
     def assign(self, consumer: Consumer, assigned: Sequence[TopicPartition]) -> None:
         """Read assigned partitions from where the processor wants; those that it can't take over bring nothing yet."""
-        partitions = [partition_of(each) for each in assigned]
+        partitions = [of_place(each) for each in assigned]
         try:
             starts = self._claim(consumer, partitions)
         except RetryError as error:
@@ -59,7 +59,7 @@ class Claims:
             self._waiting += partitions
         else:
             consumer.incremental_assign(starts)
-            self._unsought.update({partition_of(each): each for each in starts if each.leader_epoch is not None})
+            self._unsought.update({of_place(each): each for each in starts if each.leader_epoch is not None})
             # librdkafka still thinks of one as paused that was lost in a pause.
             consumer.resume(starts)
 
@@ -113,12 +113,12 @@ class Claims:
             found = consumer.committed(places(partitions), timeout=_COMMITTED_SECONDS)
         except KafkaException as error:
             raise RetryError(f"The broker does not tell the committed offsets: {error.args[0].str()}") from error
-        committed = {partition_of(each): each.offset if each.offset >= 0 else None for each in found}
+        committed = {of_place(each): each.offset if each.offset >= 0 else None for each in found}
         starts = self._processor.assigned(committed, partial(log_ends, consumer))
         offsets = {partition: OFFSET_BEGINNING if start is None else start for partition, start in starts.items()}
         self._continuity.starts(offsets)
         # Of another place, or of a topic that was made again, the epoch says nothing.
-        epochs = {partition_of(each): each.leader_epoch for each in found if each.offset == offsets[partition_of(each)]}
+        epochs = {of_place(each): each.leader_epoch for each in found if each.offset == offsets[of_place(each)]}
         return [place(partition, offset, epochs.get(partition)) for partition, offset in offsets.items()]
 
     def _not_claimed(self, partitions: Sequence[Partition], error: Exception) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Sequence
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from innerloop.streams.batch import Batch
-from innerloop.streams.partitions import Partition, partition_of, place
+from innerloop.streams.partitions import Partition, of_place, place
 from innerloop.streams.waiting import Waiting
 
 _EVERY_SECONDS = 0.2
@@ -70,7 +70,7 @@ class Commits:
             self._refused.ends()
         for each, why in refused:
             self._refused.goes_on(why.str())
-            partition = partition_of(each)
+            partition = of_place(each)
             if partition in owned and partition not in self._done:  # else there is newer
                 self._done[partition] = place(partition, each.offset, each.leader_epoch)
 

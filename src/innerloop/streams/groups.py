@@ -9,7 +9,7 @@ from confluent_kafka.admin import AdminClient
 
 from innerloop.config import KafkaSettings
 from innerloop.streams import clients
-from innerloop.streams.partitions import Partition
+from innerloop.streams.partitions import Partition, of_place
 
 _ANSWER_SECONDS = 5.0
 
@@ -34,9 +34,7 @@ def described(admin: AdminClient, group: str) -> Group | None:
     if found is None:
         return None
     owners = {
-        (each.topic, each.partition): f"{member.client_id} {member.host}"
-        for member in found.members
-        for each in _partitions(member)
+        of_place(each): f"{member.client_id} {member.host}" for member in found.members for each in _partitions(member)
     }
     return Group(found.state != ConsumerGroupState.DEAD, owners)
 

@@ -16,10 +16,9 @@ from innerloop.errors import ServiceError
 from innerloop.scores import AdaptationRequest
 from innerloop.streams import clients
 from innerloop.streams.lost_brokers import BrokerCheck, has_lost_brokers
+from innerloop.streams.partitions import Partition, of_place
 from innerloop.streams.topics import partition_counts
 from innerloop.streams.waiting import close
-
-Partition = tuple[str, int]
 
 _ANSWER_SECONDS = 10.0
 _COUNTS_SECONDS = 30.0  # as long as clients take to see new partitions
@@ -138,7 +137,7 @@ class LagReader:
         ending = self._watermarks(partitions, _LATEST)
         wanted = [TopicPartition(*each) for each in partitions]
         answer = self._of_group(group).committed(wanted, timeout=_ANSWER_SECONDS)
-        committed = {(each.topic, each.partition): each.offset for each in answer}
+        committed = {of_place(each): each.offset for each in answer}
         starts = {each: _answer(future).offset for each, future in starting.items()}
         ends = {each: _answer(future).offset for each, future in ending.items()}
         next_ = {each: min(max(committed[each], starts[each]), ends[each]) for each in partitions}
@@ -177,7 +176,7 @@ class LagReader:
     def _watermarks(self, partitions: list[Partition], which: Any) -> "dict[Partition, Future[Any]]":
         asked = {TopicPartition(*each): which for each in partitions}
         answers = self.admin.list_offsets(asked, request_timeout=_ANSWER_SECONDS)
-        return {(each.topic, each.partition): future for each, future in answers.items()}
+        return {of_place(each): future for each, future in answers.items()}
 
     def _unanswered(self, why: str) -> ServiceError:
         where = self._settings.kafka.bootstrap_servers

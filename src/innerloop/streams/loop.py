@@ -21,7 +21,7 @@ from innerloop.streams.commits import Commits
 from innerloop.streams.continuity import Continuity
 from innerloop.streams.gaps import Gaps, assign_anew
 from innerloop.streams.lost_brokers import WHY, BrokerCheck
-from innerloop.streams.partitions import Partition, names, partition_of, place, places
+from innerloop.streams.partitions import Partition, names, of_place, place, places
 from innerloop.streams.processor import Processor
 from innerloop.streams.waiting import RETRY_SECONDS, Waiting, close
 
@@ -267,7 +267,7 @@ class Loop:
     def _put_back(self, message: Message) -> None:
         """Fetched before the pause took hold: read it again later."""
         where = TopicPartition(message.topic() or "", message.partition() or 0, message.offset() or 0)
-        if partition_of(where) in self._owned and not self._read_from(where):
+        if of_place(where) in self._owned and not self._read_from(where):
             self._consumer.pause([where])
 
     def _read_from(self, where: TopicPartition) -> bool:
@@ -305,7 +305,7 @@ class Loop:
             self._resume()
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        partitions = [partition_of(each) for each in assigned]
+        partitions = [of_place(each) for each in assigned]
         metrics.REBALANCES.labels("assigned").inc()
         _LOG.info("assigned", partitions=names(partitions))
         self._owned.update(partitions)
@@ -317,7 +317,7 @@ class Loop:
     def _on_revoke(self, _: Consumer, revoked: list[TopicPartition]) -> None:
         if self._left:
             return
-        partitions = [partition_of(each) for each in revoked]
+        partitions = [of_place(each) for each in revoked]
         metrics.REBALANCES.labels("revoked").inc()
         _LOG.info("revoked", partitions=names(partitions))
         self._commits.commit(self._consumer, wait=True)
@@ -326,7 +326,7 @@ class Loop:
     def _on_lost(self, _: Consumer, lost: list[TopicPartition]) -> None:
         if self._left:
             return
-        partitions = [partition_of(each) for each in lost]
+        partitions = [of_place(each) for each in lost]
         metrics.REBALANCES.labels("lost").inc()
         _LOG.warning("lost", partitions=names(partitions))
         self._give_up(partitions)

@@ -21,8 +21,8 @@ def places(partitions: Iterable[Partition]) -> list[TopicPartition]:
     return [place(each) for each in partitions]
 
 
-def partition_of(where: TopicPartition) -> Partition:
-    """Which partition it is of."""
+def of_place(where: TopicPartition) -> Partition:
+    """Which partition it is in: not by whose key, as `publisher.partition_of` tells."""
     return where.topic, where.partition
 
 
