@@ -5,7 +5,7 @@ next claim, librdkafka finds that a log has lost its end meanwhile, however long
 """
 
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -24,6 +24,8 @@ class Commits:
 
     def __init__(self) -> None:
         self._done: dict[Partition, TopicPartition] = {}
+        self._asked: dict[Partition, int] = {}
+        """The offset that the broker was last asked to take, of each partition that has not left since."""
         self._committed_at = 0.0
         self._unanswered = 0
         self._refused = Waiting("offsets not committed", patience=5.0)
@@ -42,6 +44,7 @@ class Commits:
         """These are others' now."""
         for partition in partitions:
             self._done.pop(partition, None)
+            self._asked.pop(partition, None)
 
     def commit(self, consumer: Consumer, *, wait: bool = False) -> None:
         """Commit what is done, if the last time was 0.2 s ago or the answer is waited for."""
@@ -49,29 +52,37 @@ class Commits:
             return
         offsets = list(self._done.values())
         self._committed_at = time.monotonic()
+        answers: Sequence[TopicPartition] = []
         try:
             if wait:
-                consumer.commit(offsets=offsets, asynchronous=False)
+                answers = consumer.commit(offsets=offsets, asynchronous=False) or []
             else:
                 consumer.commit(offsets=offsets, asynchronous=True)
                 self._unanswered += 1
         except KafkaException as error:
             self._refused.goes_on(error.args[0].str())
             return
+        self._asked |= {partition: each.offset for partition, each in self._done.items()}
         self._done.clear()
+        self._ask_again([(each, each.error) for each in answers if each.error is not None])
 
-    def answered(
-        self, error: KafkaError | None, committed: Sequence[TopicPartition], owned: Container[Partition]
-    ) -> None:
+    def answered(self, error: KafkaError | None, committed: Sequence[TopicPartition]) -> None:
         """Told by the next poll how a commit went; what the broker did not take is committed with the next."""
         self._unanswered = max(0, self._unanswered - 1)
         refused = [(each, why) for each in committed if (why := error or each.error) is not None]
         if not refused:
             self._refused.ends()
+        self._ask_again(refused)
+
+    def _ask_again(self, refused: Iterable[tuple[TopicPartition, KafkaError]]) -> None:
+        """With the next commit, unless there is newer, or newer was asked for since, or it is another's now.
+
+        A refusal that comes late would set the group back behind what is done.
+        """
         for each, why in refused:
             self._refused.goes_on(why.str())
             partition = of_place(each)
-            if partition in owned and partition not in self._done:  # else there is newer
+            if partition not in self._done and each.offset == self._asked.get(partition):
                 self._done[partition] = place(partition, each.offset, each.leader_epoch)
 
     def forget_answers(self) -> None:

@@ -333,7 +333,7 @@ class Loop:
 
     def _on_commit(self, error: KafkaError | None, committed: list[TopicPartition]) -> None:
         if not self._left:
-            self._commits.answered(error, committed, self._owned)
+            self._commits.answered(error, committed)
 
     def _give_up(self, partitions: Sequence[Partition]) -> None:
         for keeper in (self._commits, self._gaps, self._continuity, self._claims):
