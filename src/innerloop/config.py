@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -22,10 +22,12 @@ from innerloop.errors import SettingsError
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 SEQUENCES = ("auto", "off", "pooled", "gru", "attention")
 """What `learning.sequence` may be."""
 MOST_SEED = 2**32 - 1
 """Some generators take no larger seed, and none a negative one."""
+_WEIGHTS = {"click": 1.0, "cart": 2.0, "favorite": 2.0, "purchase": 4.0}
 
 
 class _Section(BaseModel):
@@ -90,9 +92,15 @@ class SupportSettings(_Section):
     capacity: Annotated[int, Field(ge=1, le=1024)] = 64
     impressions: Annotated[int, Field(ge=0, le=1024)] = 32
     """How many impressions of each user are kept, beside the support set; 0: none, they are read and dropped."""
-    weights: dict[str, float] = Field(
-        default_factory=lambda: {"click": 1.0, "cart": 2.0, "favorite": 2.0, "purchase": 4.0}
-    )
+    weights: dict[str, Weight] = Field(default_factory=_WEIGHTS.copy)
+    """A kind that is not named counts 1; one of weight 0 says nothing. There is no dislike: a weight is at least 0."""
+
+    @field_validator("weights")
+    @classmethod
+    def _of_examples(cls, weights: dict[str, float]) -> dict[str, float]:
+        if strange := weights.keys() - _WEIGHTS.keys():
+            raise ValueError(f"{min(strange)} has no weight; {', '.join(_WEIGHTS)} have one")
+        return weights
 
 
 class IngestSettings(_Section):
@@ -103,7 +111,7 @@ class IngestSettings(_Section):
     cached_users: Positive = 100_000
     """Bound of the write-through cache, in users (about 2 KB each at the default capacity)."""
     max_ahead_seconds: Seconds = 86_400.0
-    """An event later than now by more than this is dead-lettered."""
+    """An event later than now by more than this is dead-lettered, and left out of a file that `train` reads."""
     max_record_bytes: Positive = 1_048_576
     breaker_window: Positive = 1_000
     """When more than half of this many records in a row are bad, the worker stops: then the code is wrong."""
@@ -145,7 +153,8 @@ class AdaptSettings(_Section):
 
 class LearningSettings(_Section):
     method: str = "bayes"
-    dimension: Positive = 64
+    dimension: Annotated[int, Field(ge=3)] = 64
+    """Of items' vectors; two of the numbers are an item's popularity and a constant."""
     seed: Annotated[int, Field(ge=0)] = 0
     sequence: Annotated[str, Field(pattern=f"^({'|'.join(SEQUENCES)})$")] = "auto"
     """The sequence model's history encoder. `auto` trains `pooled` and keeps it if lists of what came later are better
@@ -166,6 +175,12 @@ class LearningSettings(_Section):
     above, from the next training on."""
     releases_dir: Path = Path("releases")
     """Where `innerloop train` writes releases and `innerloop adapt` reads them."""
+
+    @model_validator(mode="after")
+    def _attention_has_two_heads(self) -> Self:
+        if self.sequence == "attention" and self.dimension % 2:
+            raise ValueError(f"sequence = attention needs an even dimension, and {self.dimension} is odd")
+        return self
 
 
 class HttpSettings(_Section):
@@ -274,7 +289,7 @@ def load_settings(**overrides: Any) -> Settings:
 def _said(error: ErrorDetails) -> str:
     """What is wrong with a setting; of a name that is none of ours, which of ours is the most like it."""
     if error["type"] != "extra_forbidden":
-        return error["msg"]
+        return error["msg"].removeprefix("Value error, ")
     *sections, name = map(str, error["loc"])
     model: Any = Settings
     for section in sections:

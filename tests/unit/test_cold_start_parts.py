@@ -48,6 +48,8 @@ def test_csv_is_read_like_parquet(tmp_path: Path) -> None:
     again = read_rating_data(tmp_path)
     assert again.training.values.tolist() == read.training.values.tolist()
     assert again.user_ids == read.user_ids
+    assert again.items.equals(read.items)
+    assert again.users.equals(read.users)
 
 
 def test_columns_of_other_names_are_mapped_and_the_case_of_letters_is_no_matter(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_a_checkpoint_of_other_descriptions_is_refused(tmp_path: Path) -> None:
 
     learn(items())
     learn(items())
-    with pytest.raises(SettingsError, match="of another training plan"):
+    with pytest.raises(SettingsError, match="of another plan or history"):
         learn(items().with_columns(text=pl.col("text").str.replace("red", "pink")))
 
 

@@ -8,6 +8,7 @@ import pytest
 from innerloop.errors import SettingsError
 from innerloop.evaluation.conversion.log import read_log
 from innerloop.evaluation.event_table import read_actions, read_events
+from innerloop.evaluation.item_table import read_items
 from innerloop.evaluation.stream.log import read_table
 
 MOMENT = 1_514_737_251_000
@@ -189,6 +190,14 @@ def test_an_hour_of_the_day_or_a_span_is_no_time(tmp_path: Path, kind: pl.DataTy
         read_events(_written(tmp_path, "e.parquet", frame))
 
 
+@pytest.mark.parametrize("column", ["user_id", "event_type"])
+def test_bytes_that_are_no_text_are_a_sentence(tmp_path: Path, column: str) -> None:
+    table = {"event_type": ["click"], "user_id": ["u"], "item_id": ["i"], "event_time": [1]}
+    pl.DataFrame(table | {column: [b"\xff\xfe"]}).write_parquet(tmp_path / "events.parquet")
+    with pytest.raises(SettingsError, match=f"{column} is no text"):
+        read_events(tmp_path / "events.parquet")
+
+
 def test_impressions_are_nothing_that_anybody_did(tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
     path.write_text("user_id,item_id,event_time,event_type\nu,a,1,click\nu,b,2,view_promotion\nu,c,3,buy\n")
@@ -196,3 +205,52 @@ def test_impressions_are_nothing_that_anybody_did(tmp_path: Path) -> None:
     assert read_actions(path)["event_type"].to_list() == ["click", "purchase"]
     assert read_table(path).events["event_type"].to_list() == ["click", "purchase"]
     assert len(read_log(path, window=1).times) == 2
+
+
+def test_identifiers_of_a_csv_are_as_they_are_written(tmp_path: Path) -> None:
+    """007 is not 7, which the service would be told of; nor is category 1.10 the same as 1.1."""
+    path = tmp_path / "events.csv"
+    path.write_text(
+        "user_id,item_id,event_time,category,ad_id,session_id,quantity,price\n"
+        f'0042,"007",{MOMENT},1.10,1e5,12.0,2.0,9.90\n'
+        f"42,7,{MOMENT + 1},1.1,2e3,,03,010\n"
+    )
+    first, second = read_events(path).drop("event_id", "event_type").to_dicts()
+    assert first == {
+        "user_id": "0042", "item_id": "007", "event_time": MOMENT, "category": "1.10", "ad_id": "1e5",
+        "session_id": "12", "quantity": 2, "price": 9.9,
+    }  # fmt: skip
+    assert second == {
+        "user_id": "42", "item_id": "7", "event_time": MOMENT + 1, "category": "1.1", "ad_id": "2e3",
+        "session_id": None, "quantity": 3, "price": 10.0,
+    }  # fmt: skip
+    items = tmp_path / "items.csv"
+    items.write_text("sku,category,price\n007,1.10,5.50\n7,1.1,6\n")
+    assert read_items(items).rows() == [("007", "1.10", 5.5, None), ("7", "1.1", 6.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["12.0", "", "13.0"], ["12", None, "13"]),
+        (["12.0", "NaN", "13.0"], ["12", None, "13"]),
+        (["12", "nan", "13"], ["12", None, "13"]),
+        (["12.0", "12", "-7.0"], ["12", "12", "-7"]),
+        (["NaN", "NaN", ""], ["NaN", "NaN", None]),  # a name, for all we know
+        (["1.0", "1.5", "NaN"], ["1.0", "1.5", "NaN"]),
+    ],
+)
+def test_whole_numbers_of_a_csv_are_whole_whatever_stands_for_a_gap(
+    tmp_path: Path, written: list[str], read: list[str | None]
+) -> None:
+    path = tmp_path / "events.csv"
+    path.write_text("user_id,item_id,event_time,ad_id\n" + "".join(f"u,i,{MOMENT},{one}\n" for one in written))
+    assert read_events(path)["ad_id"].to_list() == read
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("factor", [1, 1_000, 1_000_000])
+def test_text_of_a_time_is_exact(tmp_path: Path, suffix: str, factor: int) -> None:
+    moments = [MOMENT + at for at in range(200)]  # in nanoseconds, floats of these are 256 apart
+    frame = pl.DataFrame({"user_id": "u", "item_id": "i", "time": [str(moment * factor) for moment in moments]})
+    assert read_events(_written(tmp_path, f"e{suffix}", frame))["event_time"].to_list() == moments

@@ -12,7 +12,7 @@ and, where the file has them, session_id, category, currency, ad_id (String), pr
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -85,11 +85,11 @@ def in_one_order(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_table(path: Path, what: str) -> pl.DataFrame:
-    """Read a file of `what`, whatever its columns. Raises SettingsError when it is missing or unreadable."""
+    """Read a file of `what`, whatever its columns; a CSV's are all text. Raises SettingsError when it can't be read."""
     readers = {
-        ".csv": lambda: _inferred(path, pl.read_csv),
-        ".jsonl": lambda: _inferred(path, pl.read_ndjson),
-        ".ndjson": lambda: _inferred(path, pl.read_ndjson),
+        ".csv": lambda: _texts(path),
+        ".jsonl": lambda: _inferred(path),
+        ".ndjson": lambda: _inferred(path),
         ".parquet": lambda: pl.read_parquet(path),
     }
     if not path.is_file():
@@ -102,12 +102,25 @@ def read_table(path: Path, what: str) -> pl.DataFrame:
         raise SettingsError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}.") from None
 
 
-def _inferred(path: Path, read: Callable[..., pl.DataFrame]) -> pl.DataFrame:
+def _texts(path: Path) -> pl.DataFrame:
+    """A CSV knows no types: 007 as a number would be 7, and category 1.10 would be 1.1.
+
+    Only a column of whole numbers with gaps, which many write as 12.0 and NaN, is whole numbers again.
+    """
+    table = pl.read_csv(path, infer_schema=False)
+    return table.with_columns(
+        pl.col(name).replace(["NaN", "nan"], None).str.replace(r"\.0$", "")
+        for name in table.columns
+        if table[name].str.contains(r"^(-?\d+(\.0)?|NaN|nan)$").all() and table[name].str.contains(r"\d").any()
+    )
+
+
+def _inferred(path: Path) -> pl.DataFrame:
     """A column of numbers that turns into text further down is text from its first row on."""
     try:
-        return read(path, infer_schema_length=_INFERRED)
+        return pl.read_ndjson(path, infer_schema_length=_INFERRED)
     except pl.exceptions.ComputeError:
-        return read(path, infer_schema_length=None)
+        return pl.read_ndjson(path, infer_schema_length=None)
 
 
 def event_columns(
@@ -168,13 +181,13 @@ def _events(raw: pl.DataFrame, path: Path, columns: Mapping[str, str] | None) ->
 
 
 def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
-    kind = pl.lit("click") if "event_type" not in table.columns else _event_type()
+    kind = _event_types(table["event_type"]) if "event_type" in table.columns else pl.lit("click")
     identifiers = [name for name in table.columns if name not in _NUMBERS and name not in ("event_time", "event_type")]
     table = table.with_columns(
         event_times(table["event_time"], path),
         kind.alias("event_type"),
         *(identifiers_of(table[name]) for name in identifiers),
-        *(pl.col(name).cast(dtype, strict=False) for name, dtype in _NUMBERS.items() if name in table.columns),
+        *(_number(name, dtype) for name, dtype in _NUMBERS.items() if name in table.columns),
     )
     for name in _REQUIRED:
         if empty := table[name].null_count():
@@ -182,20 +195,36 @@ def _typed(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     return table
 
 
-def _event_type() -> pl.Expr:
-    name = pl.col("event_type").cast(pl.String).str.strip_chars().str.to_lowercase()
+def _number(name: str, dtype: pl.DataType) -> pl.Expr:
+    column = pl.col(name)
+    as_float = column.cast(pl.Float64, strict=False)  # 2.0 as text is a whole number, too
+    return pl.coalesce(column.cast(dtype, strict=False), as_float.cast(dtype, strict=False))
+
+
+def _event_types(column: pl.Series) -> pl.Series:
+    name = as_text(column).str.strip_chars().str.to_lowercase()
     known = name.str.replace_all(r"[\s-]+", "_")
     return known.replace_strict(_SYNONYMS, default=name).fill_null("click")
 
 
 def identifiers_of(column: pl.Series) -> pl.Series:
-    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12. A gap, which NaN is too, is null."""
+    """As text; 12.0, which a column of whole numbers with gaps turns into, is 12. A gap, which NaN is too, is null.
+
+    Raises SettingsError for bytes that are no text.
+    """
     if column.dtype.is_float():
         column = column.fill_nan(None)
         if are_whole(column):
             column = column.cast(pl.Int64)
-    text = column.cast(pl.String)
-    return text.replace("", None)
+    return as_text(column).replace("", None)
+
+
+def as_text(column: pl.Series) -> pl.Series:
+    """Raises SettingsError for bytes that are no text."""
+    try:
+        return column.cast(pl.String)
+    except pl.exceptions.PolarsError as error:
+        raise SettingsError(f"{column.name} is no text ({error}): write it as UTF-8.") from None
 
 
 def are_whole(numbers: pl.Series) -> bool:
@@ -210,8 +239,8 @@ def event_times(column: pl.Series, path: Path) -> pl.Series:
     Null where the number is NaN, infinite or beyond 64 bits. Raises SettingsError for anything else.
     """
     if column.dtype == pl.String:
-        numbers = column.cast(pl.Float64, strict=False)
-        if numbers.null_count() > column.null_count():
+        numbers = numbers_of(column)
+        if numbers is None:
             return _parsed(column, path)
         column = numbers
     if column.dtype in (pl.Date, pl.Datetime):
@@ -225,6 +254,12 @@ def event_times(column: pl.Series, path: Path) -> pl.Series:
         return (column.cast(pl.Float64) * 1000).round().cast(pl.Int64)
     divisor = 1 if largest < _MILLISECONDS else 1_000 if largest < _MICROSECONDS else 1_000_000
     return column.cast(pl.Int64) // divisor
+
+
+def numbers_of(column: pl.Series) -> pl.Series | None:
+    """Text as whole numbers, else as floats, which lose the last digits of nanoseconds; None where some is neither."""
+    read = (column.cast(kind, strict=False) for kind in (pl.Int64, pl.Float64))
+    return next((numbers for numbers in read if numbers.null_count() == column.null_count()), None)
 
 
 def _parsed(column: pl.Series, path: Path) -> pl.Series:

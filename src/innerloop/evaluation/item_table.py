@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import find_columns, identifiers_of, read_table, refuse_lists
+from innerloop.evaluation.event_table import as_text, find_columns, identifiers_of, read_table, refuse_lists
 
 _NAMES = {
     "item_id": ("item_id", "itemid", "product_id", "article_id", "sku"),
@@ -37,7 +37,7 @@ def read_items(path: Path | str, met: Collection[str] | None = None) -> pl.DataF
             "item_id": identifiers["item_id"],
             "category": identifiers.get("category", nothing).cast(pl.String),
             "price": (raw[found["price"]] if "price" in found else nothing).cast(pl.Float64, strict=False),
-            "text": (raw[found["text"]] if "text" in found else nothing).cast(pl.String),
+            "text": as_text(raw[found["text"]]) if "text" in found else nothing.cast(pl.String),
         }
     )
     table = table.drop_nulls("item_id")

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from innerloop.errors import SettingsError
-from innerloop.evaluation.event_table import NAMES, find_columns, identifiers_of, read_table, refuse_lists
+from innerloop.evaluation.event_table import NAMES, find_columns, identifiers_of, numbers_of, read_table, refuse_lists
 from innerloop.learning.rating_model import Ratings
 
 _SUFFIXES = (".parquet", ".csv")
@@ -88,6 +88,9 @@ def _entities(folder: Path, stem: str, key: str, columns: Mapping[str, str]) -> 
     path = _only(folder, stem)
     raw = _read(path)
     table = _named(raw, {key: _COLUMNS[key]}, {key: columns[key]} if columns.get(key) in raw.columns else {}, path)
+    if path.suffix.lower() == ".csv":  # whose columns are text, also those of numbers
+        numbers = (numbers_of(table[name]) for name in table.columns if name != key)
+        table = table.with_columns(column for column in numbers if column is not None)
     return table.with_columns(identifiers_of(table[key])).drop_nulls(key)
 
 

@@ -119,11 +119,7 @@ def run(
         tell(arm.name, 0.6 + 0.3 * number / len(theirs))
         answers[arm.name] = _asked(arm, log, rows, options)
     facts: dict[str, object] = {
-        "trained_on": release.card.data.events,
-        "trained_again": served.trained_again,
-        "ranker": "taught with each release"
-        if release.ranker is not None and release.ranker.taught
-        else "the one for any shop in the first release: too few events to teach a better one",
+        "releases": served.releases,
         "described_items": len(release.encoder.described_ids),
         "warm_up": f"the {start} events of --history" if history is not None else start,
         "sessions": "as in the data" if _has_sessions(log) else f"visits that end after {SAME_VISIT_MS // 60_000} min",
@@ -201,7 +197,6 @@ def _outcome(
             },
             "settings of baselines": "as published, not chosen on this data",
             "served": "default, none, placebo and stale lists are those published at the user's event before",
-            "release": {"metrics": release.card.metrics, "settings": release.card.settings},
             **facts,
         },
     )

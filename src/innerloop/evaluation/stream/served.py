@@ -66,6 +66,17 @@ class School:
         return self._events.slice(max(0, upto - self._options.train_on), min(upto, self._options.train_on))
 
 
+def _facts(release: Release) -> dict[str, object]:
+    taught = release.ranker is not None and release.ranker.taught
+    return {
+        "trained_on": release.card.data.events,
+        "ranker": "taught with it" if taught else "the one for any shop: too few events to teach a better one",
+        "sequence_model": release.sequence is not None,
+        "metrics": release.card.metrics,
+        "settings": release.card.settings,
+    }
+
+
 class Served:
     """A release's scorer over a log, shown in order of time, and trained again every so often."""
 
@@ -75,7 +86,8 @@ class Served:
         self._alone = Scorer(release, torch.device("cpu"))
         self._weights = kind_weights(SupportSettings().weights)
         self._top = list_length(options)
-        self.trained_again = 0
+        self.releases = [_facts(release)]
+        """What there is to say of each that served, in their order."""
 
     def answers(self, rows: Ints, *, seed: int, tell: Callable[[float], None]) -> dict[str, Ints]:
         """The rank [Q] of each moment's item, by arm; -1 where an arm wasn't asked."""
@@ -90,8 +102,8 @@ class Served:
             replay.show(upto)
             now = self._log.times[upto]
             if now - trained_at > self._options.train_every_hours * _HOUR_MS:
-                self._scorer.use(self._school.release(upto))
-                trained_at, self.trained_again = now, self.trained_again + 1
+                self._serve(self._school.release(upto))
+                trained_at = now
             others = self._others(rows[some], rng)
             supports = self._supports(rows[some], others)
             stacked = np.concatenate([_wide(support, self._options.capacity) for support in supports.values()])
@@ -111,6 +123,10 @@ class Served:
             done += len(some)
             tell(done / len(rows))
         return found
+
+    def _serve(self, release: Release) -> None:
+        self._scorer.use(release)
+        self.releases.append(_facts(release))
 
     def _supports(self, rows: Ints, others: Ints) -> dict[str, Ints]:
         """What each arm knows of the task: rows [Q, S], newest first, -1 for none."""
