@@ -1,6 +1,7 @@
 """`innerloop train`: history in, a registered release out."""
 
 import io
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from innerloop.config import Settings
 from innerloop.errors import SettingsError
 from innerloop.evaluation.event_table import read_events
 from innerloop.evaluation.item_table import read_items
-from innerloop.events import IMPRESSION
+from innerloop.events import IMPRESSION, MAX_IDENTIFIER_BYTES
 from innerloop.learning.processes import from_first, join_processes, leave_processes, processes, rank
 from innerloop.learning.releases import Release, save
 from innerloop.learning.sequence_training import forget_checkpoint
@@ -80,11 +81,41 @@ def _written(value: float) -> str:
 
 
 def _history(engine: Database, source: Source) -> pl.DataFrame:
+    now = int(time.time() * 1000)
     if source.events is None:
         with transaction(engine) as connection:
-            return history.read_history(connection)
-    events = read_events(source.events, columns=source.columns)
+            return _until(now, history.read_history(connection))
+    events = _until(now, _namable(read_events(source.events, columns=source.columns)))
     return events.head(int(len(events) * source.share))
+
+
+def _until(now: int, events: pl.DataFrame) -> pl.DataFrame:
+    """Those that have happened by `now` (epoch ms).
+
+    One from a clock that runs ahead would make all others old: popularity would have faded, and clicks that wait for
+    their purchase would count as not bought. Once its time has come it is learned from, too.
+    """
+    taken = events.filter(pl.col("event_time") <= now)
+    if len(taken) < len(events):
+        _LOG.warning(
+            "events dated ahead of this machine's clock are left out",
+            events=len(events) - len(taken),
+            newest=str(pl.from_epoch(events["event_time"], "ms").max()),
+        )
+    return taken
+
+
+def _namable(events: pl.DataFrame) -> pl.DataFrame:
+    """Those that ingest would take by their identifiers: a list must not name an item that no event can."""
+    texts = [pl.col(name) for name in ("user_id", "item_id")]
+    fits = [(text.str.len_bytes() <= MAX_IDENTIFIER_BYTES) & ~text.str.contains("\0", literal=True) for text in texts]
+    taken = events.filter(*fits)
+    if len(taken) < len(events):
+        _LOG.warning(
+            "events whose user_id or item_id is longer than 256 bytes or has a NUL are left out",
+            events=len(events) - len(taken),
+        )
+    return taken
 
 
 def _items(settings: Settings, source: Source, events: pl.DataFrame) -> pl.DataFrame:

@@ -304,7 +304,7 @@ class Ingest:
                 self._activity.write(connection)
         if told:
             self._activity.written()
-        self._activity.add(activity_of(merged.sets, merged.fresh))
+        self._activity.add(activity_of(merged.sets, merged.fresh, int(time.time() * 1000)))
         self._ledger.advanced(offsets)
         self._unsure = False
         self._cache.put(names, written, versions[changed] + 1)

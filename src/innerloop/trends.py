@@ -40,8 +40,12 @@ Floats = NDArray[np.float32]
 Activity = NDArray[np.void]
 
 
-def activity_of(sets: SupportSets, fresh: NDArray[np.bool_]) -> Activity:
-    """What the `fresh` [N] examples of some support sets tell the others."""
+def activity_of(sets: SupportSets, fresh: NDArray[np.bool_], now: int) -> Activity:
+    """What the `fresh` [N] examples of some support sets tell the others.
+
+    What is dated later than `now` (epoch ms) is told as of then: by forward decay it would outweigh all that happens
+    until its time has come.
+    """
     at = np.flatnonzero(fresh)
     begins = sets.starts[np.searchsorted(sets.starts, at, "right") - 1]
     told = np.zeros(len(at), ACTIVITY)
@@ -52,6 +56,7 @@ def activity_of(sets: SupportSets, fresh: NDArray[np.bool_]) -> Activity:
     earlier = sets.examples[np.where(there, before, 0)]
     near = np.logical_and.accumulate(there & (told["time"][:, None] - earlier["time"] <= SAME_VISIT_MS), 1)
     told["previous"] = np.where(near, earlier["item"], -1)
+    told["time"] = np.minimum(told["time"], now)
     return told
 
 

@@ -582,8 +582,8 @@ def test_a_database_set_back_is_brought_forward(small: Settings) -> None:
 
 def told(settings: Settings) -> list[tuple[int, str, int]]:
     """(time, item, type) of all activity that was written, sorted."""
-    items = {row.item_no: row.item_id for row in query(settings, "SELECT item_no, item_id FROM items")}
     pieces = [bytes(row.packed) for row in query(settings, "SELECT packed FROM activity ORDER BY number")]
+    items = {row.item_no: row.item_id for row in query(settings, "SELECT item_no, item_id FROM items")}
     found = np.frombuffer(b"".join(pieces), ACTIVITY)
     return sorted((int(each["time"]), items[int(each["item"])], int(each["type"])) for each in found)
 
@@ -594,10 +594,9 @@ def distinct(events: list[Sent]) -> list[tuple[int, str, int]]:
 
 
 def telling(settings: Settings, *, capacity: int = 1_000) -> Settings:
-    """Activity is written at the first chance, and no event falls out of its set before."""
-    return settings.model_copy(
-        update={"trends": TrendsSettings(every_seconds=0.05), "support": SupportSettings(capacity=capacity)}
-    )
+    """Activity is written at the first chance, however much there is, and no event falls out of its set before."""
+    trends = TrendsSettings(every_seconds=0.05, events_per_second=1_000_000)  # by default a sample of more than 5,000
+    return settings.model_copy(update={"trends": trends, "support": SupportSettings(capacity=capacity)})
 
 
 def test_every_stored_event_is_told_once_and_no_duplicate(small: Settings) -> None:
@@ -612,6 +611,19 @@ def test_every_stored_event_is_told_once_and_no_duplicate(small: Settings) -> No
         member.has_handled(500)
         time.sleep(0.3)
     assert told(small) == distinct(events)
+
+
+def test_what_is_dated_ahead_does_not_rule_what_everybody_does(small: Settings) -> None:
+    """It is stored as it says, and told as of now: its weight would double with every half-life until its time."""
+    small, events = telling(small), events_of(50)
+    ahead = int(time.time() * 1000) + 20 * 3_600_000
+    events[7]["event_time"] = ahead
+    send(small, events)
+    with Member(small) as member:
+        member.caught_up()
+        until(lambda: member.error is not None or len(told(small)) == 50, "told")
+    assert max(when for when, _, _ in told(small)) <= time.time() * 1000
+    check(small, events)
 
 
 def test_what_is_too_late_for_a_set_is_not_told(small: Settings) -> None:

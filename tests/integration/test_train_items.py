@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -14,10 +16,13 @@ from innerloop.learning.described import COLUMNS
 from innerloop.learning.releases import load
 from innerloop.shop_items import Item
 from innerloop.store.database import connect, transaction
+from innerloop.store.items import ItemNumbers
 from innerloop.store.releases import newest_few
+from innerloop.store.support_sets import write
 from innerloop.streams import clients
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics
+from innerloop.support import EXAMPLE, SupportSets
 from innerloop.worker.demo.names import publish_items
 from innerloop.worker.train import Source, run_train
 from innerloop.worker.train_items import items_on_topic
@@ -89,8 +94,57 @@ def test_a_file_of_other_identifiers_is_refused(settings: Settings, tmp_path: Pa
     ensure_topics(settings)
     Shop(0, users=50, items=100).history(500).write_parquet(tmp_path / "events.parquet")
     (tmp_path / "items.csv").write_text("item_id,name\n00001,Shoe\n")
-    with pytest.raises(SettingsError, match=r"describes no item that anybody met \(1 there and item-.*compare"):
+    with pytest.raises(SettingsError, match=r"describes no item that anybody met \(00001 there and item-.*compare"):
         run_train(settings, Source(tmp_path / "events.parquet", items=tmp_path / "items.csv"))
+
+
+@pytest.mark.parametrize("hours", [12.0, 600_000.0])
+def test_what_a_file_dates_ahead_is_left_out(settings: Settings, tmp_path: Path, hours: float) -> None:
+    """One event would make all others old, whether ingest would take it or not, and clicks that wait not bought."""
+    ensure_topics(settings)
+    shop = Shop(0, users=60, items=100).history(1_000)
+    wrong = shop.tail(2).with_columns(event_time=int((time.time() + hours * 3600) * 1000), item_id=pl.lit("wrong"))
+    pl.concat([shop, wrong]).write_parquet(tmp_path / "events.parquet")
+    run_train(settings, Source(tmp_path / "events.parquet"))
+    with transaction(connect(settings.database)) as connection:
+        (newest,) = newest_few(connection, 1)
+    release = load(newest.location)
+    assert release.card.data.events == 1_000
+    assert release.card.data.last_event_time == shop["event_time"].max()
+    assert "wrong" not in release.item_ids
+
+
+def test_what_ingest_would_not_name_is_left_out_of_a_file(settings: Settings, tmp_path: Path) -> None:
+    """Else lists had items that no event can name, and that no reader who goes by the schema takes."""
+    ensure_topics(settings)
+    shop = Shop(0, users=60, items=100).history(1_000)
+    fits = shop.tail(2).with_columns(item_id=pl.lit("é" * 128))
+    wrong = [shop.tail(2).with_columns(item_id=pl.lit(text)) for text in ("é" * 128 + "e", "a\0b")]
+    wrong.append(shop.tail(2).with_columns(user_id=pl.lit("u" * 257), item_id=pl.lit("only by that user")))
+    pl.concat([shop, fits, *wrong]).write_parquet(tmp_path / "events.parquet")
+    run_train(settings, Source(tmp_path / "events.parquet"))
+    with transaction(connect(settings.database)) as connection:
+        (newest,) = newest_few(connection, 1)
+    assert set(load(newest.location).item_ids) == {*shop["item_id"], "é" * 128}
+
+
+def test_of_the_database_what_is_dated_ahead_is_left_out(settings: Settings) -> None:
+    """Ingest takes a day ahead; a release learns of it when its time has come."""
+    ensure_topics(settings)
+    engine = connect(settings.database)
+    hour, now = 3_600_000, int(time.time() * 1000)
+    names = ["shoe", "hat", "bag", "ahead"]
+    numbers = ItemNumbers(engine).intern(names, {})
+    rows = np.zeros(121, EXAMPLE)
+    rows["item"], rows["weight"], rows["type"], rows["hash"] = [*numbers[:3] * 40, numbers[3]], 1.0, 1, np.arange(121)
+    rows["time"] = [*(now - hour - 1000 * np.arange(120)[::-1]), now + 12 * hour]
+    sets = SupportSets(np.array([*range(0, 121, 3), 121]), rows)
+    with transaction(engine) as connection:
+        write(connection, [f"u{n}" for n in range(41)], sets, np.ones(41, np.int64))
+    run_train(settings, Source())
+    with transaction(engine) as connection:
+        (newest,) = newest_few(connection, 1)
+    assert sorted(load(newest.location).item_ids) == sorted(names[:3])
 
 
 def test_a_release_knows_an_item_that_only_the_catalogue_names(

@@ -133,6 +133,19 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [_anil, _cavia, _maml])
+@quick
+@given(seeds, sizes, st.sampled_from([1.0, 2.0, 4.0, 100.0]))
+def test_a_task_whose_examples_all_weigh_more_takes_no_longer_steps(
+    make: Callable[[int], Head], seed: int, counts: list[int], weight: float
+) -> None:
+    """Else some purchases of weight 4 send a head far away: its rates were learned for the mean of its examples."""
+    support = _support(seed, counts)
+    fresh = replace(support, ages=torch.zeros_like(support.ages))
+    found = [make(seed).adapt(replace(fresh, weights=each * fresh.mask)) for each in (1.0, weight)]
+    _close(found[1], found[0])
+
+
 def test_every_head_is_tried() -> None:
     assert {make(0).name for make in HEADS.values()} == set(RESTORE)
 

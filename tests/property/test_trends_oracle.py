@@ -198,7 +198,7 @@ def test_ingest_tells_what_the_replay_of_a_log_tells(events: list[tuple[int, int
         batch["item"], batch["type"] = items[first:last], CODES["click"]
         merged = merge(sets, users[first:last], batch, 64)
         sets = merged.sets
-        parts.append(activity_of(sets, merged.fresh))
+        parts.append(activity_of(sets, merged.fresh, 2**62))
     ingested = np.concatenate(parts)
     ingested = ingested[np.argsort(ingested["time"])]
     replayed = log.activity(0, len(log))

@@ -4,7 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from innerloop.learning.ads.ad_head import COLUMNS, INTENT, POPULATION, SHARES, VARIANCES, AdHead, Ads, choose_variance
+from innerloop.learning.ads.ad_head import (
+    COLUMNS,
+    INTENT,
+    OWN_CLICKS,
+    POPULATION,
+    SHARES,
+    VARIANCES,
+    AdHead,
+    Ads,
+    choose_variance,
+    newest_known,
+)
 from innerloop.learning.ads.attribution import HOUR, NEVER
 from innerloop.learning.ads.committee import train
 from innerloop.learning.ads.pairs import NAMES, Past, describe
@@ -170,6 +181,21 @@ def test_the_linear_logits_share_is_what_foretold_best() -> None:
     assert AdHead.fit(columns, labels).linear_share > SHARES[0]
     bent = ((columns[:, 0].abs() > 0.7) ^ (torch.arange(600) % 10 == 0)).float()
     assert AdHead.fit(columns.repeat(6, 1), bent.repeat(6)).linear_share == SHARES[0]
+
+
+@pytest.mark.parametrize("padding", [1, 3, 40, 200])
+def test_of_clicks_at_the_same_time_the_same_are_looked_at_however_far_a_task_is_padded(padding: int) -> None:
+    """A page's impressions often share a millisecond."""
+    count = OWN_CLICKS + 8
+
+    def past(width: int) -> Past:
+        there = torch.arange(width) < count
+        zeros = torch.zeros(1, width, dtype=torch.int64)
+        times = torch.where(there, 1_000, 0).unsqueeze(0)
+        return Past(zeros, zeros, zeros, times, torch.full_like(zeros, NEVER), there.unsqueeze(0))
+
+    now = torch.tensor([1_000 + 2 * HOUR])
+    assert newest_known(past(count), now)[2].tolist() == newest_known(past(count + padding), now)[2].tolist()
 
 
 def test_the_same_seed_learns_the_same() -> None:

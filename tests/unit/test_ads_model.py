@@ -7,6 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from innerloop.config import LearningSettings
 from innerloop.errors import SettingsError
@@ -14,7 +16,7 @@ from innerloop.learning import scorer as module
 from innerloop.learning.ads.ad_head import INTENT, POPULATION, VARIANCES, AdHead, Ads
 from innerloop.learning.ads.ad_model import AdModel
 from innerloop.learning.ads.attribution import DAY, HOUR, NEVER
-from innerloop.learning.ads.click_log import Histories, adapted, own_columns, rows_of
+from innerloop.learning.ads.click_log import CAPACITY, Histories, adapted, of_some_users, own_columns, rows_of
 from innerloop.learning.ads.figures import auc, calibration_error
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.ads.teaching import _final_clicks, learn_ads, log_of
@@ -22,12 +24,33 @@ from innerloop.learning.encoder import Encoder
 from innerloop.learning.releases import Release, load, save
 from innerloop.learning.scorer import Scorer
 from innerloop.learning.training import train
-from innerloop.support import EXAMPLE, SupportSets, merge
+from innerloop.support import EXAMPLE, SupportSets, merge, newest
 
 CPU, START = torch.device("cpu"), 1_750_000_000_000
 _CLICK, _PURCHASE = 1, 4
 _ITEMS, _CATEGORIES, _USERS = 40, 4, 60
 _RATES = (0.02, 0.1, 0.3, 0.6)  # of the categories
+
+
+def test_where_everybody_clicks_much_nobody_is_a_robot() -> None:
+    users = np.repeat(np.arange(15), 2_500)
+    assert of_some_users(users, 20_000, 0).sum() == 20_000
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 600))
+def test_a_sample_is_of_whole_users_and_of_no_robot(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    users = rng.permutation(np.append(rng.integers(0, 40, 300), np.full(200, 41)))
+    drawn = of_some_users(users, most, seed)
+    if len(users) <= most:
+        assert drawn.all()
+        return
+    counts, taken = np.bincount(users), np.bincount(users[drawn], minlength=42)
+    assert taken.sum() <= most
+    assert ((taken == 0) | (taken == counts)).all()
+    assert taken[41] == 0
+    people = counts[:41][counts[:41] > 0]
+    assert taken.sum() > most - people.max() or taken.sum() == people.sum(), "as many as there is room for"
 
 
 def _history(clicks: int = 4_000, days: int = 8, seed: int = 0) -> pl.DataFrame:
@@ -197,6 +220,14 @@ def test_what_is_served_is_what_was_judged(release: Release, model: AdModel, hea
     expected = head.calibration(torch.from_numpy(judged))
     # A past click's own past is cut at the set's capacity in serving, at its own window in training: nearly the same.
     torch.testing.assert_close(torch.tensor(served, dtype=torch.float64), expected, rtol=0.02, atol=0.005)
+
+
+def test_of_a_larger_support_set_it_reads_what_it_was_taught_with(release: Release) -> None:
+    """Sets may keep a thousand events: counts of them would lie beyond all that the weights have seen."""
+    rows = np.random.default_rng(0).integers((0, 1), (_ITEMS, 5), (300, 2))
+    examples = _examples([(1_000 + 60_000 * n, item, kind) for n, (item, kind) in enumerate(rows.tolist())])
+    large = SupportSets(np.array([0, 300]), examples)
+    assert _chances(_scorer(release), large) == _chances(_scorer(release), newest(large, CAPACITY))
 
 
 def test_ads_best_first_alone_or_in_a_batch(release: Release) -> None:

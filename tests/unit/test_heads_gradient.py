@@ -99,9 +99,10 @@ def _support() -> Support:
 
 def _examples(support: Support, rule: Rule) -> Examples:
     """As `Examples.of`, in float64 throughout."""
-    padded, counts = ~support.mask, support.mask.sum(-1).clamp(min=1)
-    shares = support.weights * 0.5 ** (support.ages / rule.half_life) / counts.unsqueeze(-1)
-    return Examples(support.features, support.labels, shares.masked_fill(padded, 0.0), counts, rule.likelihood)
+    counts = support.mask.sum(-1).clamp(min=1)
+    confidence = (support.weights * 0.5 ** (support.ages / rule.half_life)).masked_fill(~support.mask, 0.0)
+    shares = confidence / torch.stack([counts, confidence.sum(-1)]).amax(0).unsqueeze(-1)
+    return Examples(support.features, support.labels, shares, counts, rule.likelihood)
 
 
 def _by_the_book(model: Model, w: Weights, examples: Examples, rule: Rule) -> Tensor:

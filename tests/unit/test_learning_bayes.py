@@ -99,6 +99,19 @@ def test_em_finds_the_prior_that_tasks_were_drawn_from() -> None:
     np.testing.assert_allclose(np.linalg.inv(prior.precision.double()), covariance, atol=0.08)
 
 
+def test_em_stands_a_task_of_one_example_over_and_over_at_the_largest_weight() -> None:
+    """In float32 its precision is no longer positive definite; the prior of everybody must not fail for it."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 64, 64, generator=generator)
+    features[0] = features[0, 0]
+    weights = torch.ones(20, 64)
+    weights[0] = 1000.0
+    support = Support(features, torch.ones(20, 64), weights, torch.zeros(20, 64), torch.ones(20, 64, dtype=torch.bool))
+    prior = learn_prior(support, features[1].T @ features[1], alpha=0.001, noise=0.02, half_life=float("inf"))
+    assert bool(prior.mu.isfinite().all())
+    assert bool(prior.head().root.isfinite().all())
+
+
 def _log_evidence(prior: Prior, support: Support, noise: float) -> float:
     """Log p(y | X) under the prior, task by task, from the marginal N(X mu, X Sigma X' + noise I)."""
     sigma = np.linalg.inv(prior.precision.double().numpy())

@@ -88,6 +88,20 @@ def test_progress_grows_to_one() -> None:
     assert told[-1] == 1.0
 
 
+def test_a_history_of_which_nothing_counts_is_refused() -> None:
+    history, settings = _shop()[0].head(1_000), LearningSettings(dimension=16, sequence="off")
+    purchases_came_late = history.with_row_index("n").with_columns(
+        event_type=pl.when(pl.col("n") >= 800).then(pl.lit("purchase")).otherwise(pl.lit("click"))
+    )
+    nothing = dict.fromkeys(("click", "cart", "favorite", "purchase"), 0.0)
+    for events, weights, says in (
+        (history, nothing, r"has 0 events besides impressions and what support\.weights gives 0"),
+        (purchases_came_late, nothing | {"purchase": 4.0}, r"first 70% of the history's events are of kinds"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            train(events, settings=settings, weights=weights, capacity=16, version=1)
+
+
 def test_too_little_history_and_unknown_methods_are_refused() -> None:
     with pytest.raises(SettingsError, match="has 50 events"):
         _train(_shop()[0].head(50))

@@ -1,21 +1,24 @@
 """From support sets to lists: alone or in a batch, before and after another release, live or replayed."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from innerloop.config import LearningSettings
 from innerloop.evaluation.shop import Process, Shop
-from innerloop.learning import training
 from innerloop.learning.candidates import FEATURES, Candidates
 from innerloop.learning.catalogue import Catalogue, unadapted_list
+from innerloop.learning.heads import Head
 from innerloop.learning.ranker import lesson
 from innerloop.learning.ranker_training import Replay, lessons
 from innerloop.learning.releases import Release
-from innerloop.learning.scorer import Lists, Scorer
+from innerloop.learning.scorer import Lists, Scorer, _contained
 from innerloop.learning.stream_log import StreamLog, kind_weights, stream_of
 from innerloop.learning.training import teach_heads, train
 from innerloop.support import EXAMPLE, SupportSets
@@ -72,18 +75,30 @@ def _same(found: Lists, wanted: Lists) -> None:
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-4, atol=1e-6)
     differ = found.places != wanted.places
     assert (np.abs(np.diff(wanted.scores, append=0))[differ] < 1e-4).all()
-    assert differ.mean() < 0.02
+    assert (differ.sum(1) <= 2).all()
 
 
-@pytest.mark.parametrize("ranked", [True, False])
-def test_a_list_does_not_depend_on_whose_lists_are_made_with_it(release: Release, log: StreamLog, ranked: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("left_out", [False, True])
+@pytest.mark.parametrize(("ranked", "k"), [(True, 10), (True, 50), (False, 10)])
+def test_a_list_does_not_depend_on_whose_lists_are_made_with_it(
+    release: Release,
+    log: StreamLog,
+    left_out: bool,  # noqa: FBT001
+    ranked: bool,  # noqa: FBT001
+    k: int,
+) -> None:
     scorer, _ = _shown(release if ranked else _alone(release), log, 2_000)
     # The first rows of the log have had nothing or one event before; the last ones many.
     rows = [0, 1, 40, 300, 2_000, 2_300, 2_399]
-    together = scorer.lists(_sets(log, rows), 10)
-    for at, row in enumerate(rows):
-        alone = scorer.lists(_sets(log, [row]), 10)
-        _same(alone, Lists(together.places[at : at + 1], together.scores[at : at + 1]))
+
+    def lists(rows: list[int]) -> Lists:
+        sets = _sets(log, rows)
+        return scorer.lists(sets, k, seen=sets if left_out else None)
+
+    together = lists(rows)
+    alone = [lists([row]) for row in rows]
+    places, scores = np.concatenate([each.places for each in alone]), np.concatenate([each.scores for each in alone])
+    _same(Lists(places, scores), together)
 
 
 @pytest.mark.parametrize("ranked", [True, False])
@@ -120,8 +135,48 @@ def test_before_any_activity_everybody_still_gets_a_list(release: Release) -> No
     assert np.isfinite(found.scores).all()
 
 
-def test_no_tasks_get_no_lists(release: Release) -> None:
-    assert Scorer(release, CPU).lists(SupportSets.empty(0), 10).places.shape == (0, 10)
+@pytest.fixture(scope="module")
+def heads(history: pl.DataFrame, release: Release) -> dict[str, Head]:
+    """Every head by its name."""
+    settings = LearningSettings(dimension=12, sequence="off")
+    return teach_heads(history.head(1_600), release, settings=settings, weights=WEIGHTS, capacity=CAPACITY)
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+@pytest.mark.parametrize("name", ["bayes", "anil", "cavia", "maml", "reptile"])
+def test_no_tasks_get_no_lists(release: Release, heads: dict[str, Head], name: str, ranked: bool) -> None:  # noqa: FBT001
+    """Adapt is asked that when all users of a batch were erased meanwhile."""
+    scorer = Scorer(replace(release if ranked else _alone(release), head=heads[name]), CPU)
+    assert scorer.lists(SupportSets.empty(0), 10).places.shape == (0, 10)
+    assert scorer.lists_by(heads[name], SupportSets.empty(0), 10).places.shape == (0, 10)
+
+
+def test_only_the_search_for_what_a_head_likes_best_wakes_more_than_one_thread(
+    release: Release, log: StreamLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, _ = _shown(release, log, 1_500)
+    assert scorer.catalogue.release.ranker is not None
+    seen: dict[str, int] = {}
+
+    def watched(owner: object, name: str) -> None:
+        called = getattr(owner, name)
+
+        def call(*given: object) -> object:
+            seen[name] = torch.get_num_threads()
+            return called(*given)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((scorer, "parameters"), (scorer, "_liked"), (scorer, "_ranked"), (torch, "mv")):
+        watched(owner, name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        scorer.lists(_sets(log, [1_500, 1_600]), 10)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"parameters": 1, "_liked": 3, "_ranked": 1, "mv": 1}
 
 
 @pytest.mark.parametrize("ranked", [True, False])
@@ -141,6 +196,50 @@ def test_what_was_seen_is_left_out_and_the_rest_stays_in_order(release: Release,
         assert not seen & set(left.places[task].tolist())
         assert left.places[task].tolist()[: len(wanted)] == wanted
     assert removed > 10, "the test can tell"
+
+
+@pytest.mark.parametrize("k", [50, 80])
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_ranked_list_is_as_long_as_asked_for_while_there_are_items(
+    release: Release,
+    log: StreamLog,
+    left_out: bool,  # noqa: FBT001
+    k: int,
+) -> None:
+    scorer, _ = _shown(release, log, 1_500)
+    items = len(scorer.catalogue)
+    assert items > 80 + CAPACITY
+    sets = _sets(log, [1_500, 1_540, 1_580, 3])
+    places = scorer.lists(sets, k, seen=sets if left_out else None).places
+    assert (places >= 0).all()
+    assert all(len(set(row)) == k for row in places.tolist())
+
+
+@pytest.mark.parametrize("name", ["bayes", "anil", "cavia", "maml", "reptile"])
+def test_an_example_of_no_weight_says_nothing(
+    release: Release, log: StreamLog, heads: dict[str, Head], name: str
+) -> None:
+    """A shop may give a kind of event the weight 0, and lessons leave such events out."""
+    scorer, _ = _shown(replace(release, head=heads[name]), log, 1_500)
+    sets = _sets(log, [1_500, 1_600])
+    silent = SupportSets(sets.starts, sets.examples.copy())
+    silent.examples["weight"][1::2] = 0.0
+    silent.examples["weight"][silent.starts[1:] - 1] = 0.0  # ages are counted from the newest that says something
+    some = SupportSets(
+        np.array([0, *np.cumsum([np.count_nonzero(silent.examples["weight"][a:b]) for a, b in pairwise(sets.starts)])]),
+        silent.examples[silent.examples["weight"] > 0],
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(scorer.parameters(silent), scorer.parameters(some), rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_contained_is_what_a_set_says(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    places, seen = (torch.from_numpy(rng.integers(-1, 6, (4, int(rng.integers(0, 7))))) for _ in range(2))
+    own = zip(places.tolist(), seen.tolist(), strict=True)
+    expected = [[at >= 0 and at in theirs for at in row] for row, theirs in own]
+    assert _contained(places, seen).tolist() == expected
 
 
 def _small(release: Release, items: int, *, ranked: bool) -> Release:
@@ -187,13 +286,10 @@ def test_an_item_nobody_knows_does_no_harm(release: Release, log: StreamLog) -> 
 
 @pytest.mark.parametrize("name", ["bayes", "cavia"])
 def test_the_head_is_told_as_a_feature_and_as_its_lift_over_the_prior(
-    release: Release, log: StreamLog, monkeypatch: pytest.MonkeyPatch, name: str
+    release: Release, log: StreamLog, heads: dict[str, Head], name: str
 ) -> None:
     """Also where scores aren't linear in the vectors."""
-    methods = training._methods(0)
-    monkeypatch.setattr(training, "_methods", lambda _seed: {name: methods[name]})
-    settings = LearningSettings(dimension=12, sequence="off")
-    head = teach_heads(_history().head(1_600), release, settings=settings, weights=WEIGHTS, capacity=CAPACITY)[name]
+    head = heads[name]
     assert head.linear == (name == "bayes")
     scorer, _ = _shown(replace(release, head=head), log, 1_500)
     sets = _sets(log, [1_500, 1_600, 3])
@@ -258,6 +354,16 @@ def test_a_category_that_only_the_new_release_knows_is_taken_over(release: Relea
     assert (scorer.catalogue.categories.of_place == -1).all()
     scorer.use(release)
     assert [category for _, category in scorer.catalogue.named()] == release.encoder.item_category_names()
+
+
+def test_items_have_the_new_releases_category_in_a_process_that_changed_and_in_one_that_began(release: Release) -> None:
+    """Its head was taught with that one; and the same release and set give the same list everywhere."""
+    moved = replace(release.encoder, item_categories=release.encoder.item_categories.roll(1))
+    newer = replace(release, encoder=moved)
+    changed, began = Scorer(release, CPU), Scorer(newer, CPU)
+    changed.use(newer)
+    assert dict(changed.catalogue.named()) == dict(began.catalogue.named())
+    assert dict(began.catalogue.named()) != dict(Catalogue(release, CPU).named())
 
 
 # --- the catalogue

@@ -19,7 +19,7 @@ from innerloop.learning.episodes import log_of
 from innerloop.learning.ranker import Lesson, Ranker, worth_of_sequences
 from innerloop.learning.ranker_training import Replay
 from innerloop.learning.releases import Release, load, save
-from innerloop.learning.scorer import Scorer
+from innerloop.learning.scorer import Lists, Scorer
 from innerloop.learning.sequence_encoder import SequenceEncoder
 from innerloop.learning.sequence_training import Recipe, continue_learning, histories_of, learn_sequences
 from innerloop.learning.stream_log import stream_of
@@ -168,33 +168,49 @@ def test_too_short_histories_train_none_and_say_nothing() -> None:
     assert trained(lonely).sequence is None
 
 
-def test_a_stopped_training_resumed_from_its_checkpoint_ends_the_same(tmp_path: Path, release: Release) -> None:
-    class Stopped(Exception):  # noqa: N818 - as somebody's Ctrl-C
-        pass
+class Stopped(Exception):  # noqa: N818 - as somebody's Ctrl-C
+    pass
 
-    def stop(what: str, share: float) -> None:
-        if what == "sequences" and share > 0.58:
+
+def stopped_at(phase: str, share: float = 0.0) -> Callable[[str, float], None]:
+    """To give as progress: stops a training in this phase."""
+
+    def tell(what: str, done: float) -> None:
+        if what.startswith(phase) and done >= share:
             raise Stopped
 
-    def run(tell: Callable[[str, float], None] | None) -> Release:
-        return train(
-            circle(),
-            settings=settings(),
-            weights=WEIGHTS,
-            capacity=16,
-            version=1,
-            progress=tell,
-            checkpoint=tmp_path,
-        )
+    return tell
 
+
+def checkpointed(at: Path, tell: Callable[[str, float], None] | None = None, *, seed: int = 0) -> Release:
+    return train(
+        circle(seed=seed),
+        settings=settings(),
+        weights=WEIGHTS,
+        capacity=16,
+        version=1,
+        progress=tell,
+        checkpoint=at,
+    )
+
+
+def test_a_stopped_training_resumed_from_its_checkpoint_ends_the_same(tmp_path: Path, release: Release) -> None:
     with pytest.raises(Stopped):
-        run(stop)
+        checkpointed(tmp_path, stopped_at("sequences", 0.58))
     assert list(tmp_path.rglob("training.json"))
-    resumed = run(None)
+    resumed = checkpointed(tmp_path)
     assert resumed.sequence is not None
     assert release.sequence is not None
     for name, value in release.sequence.state().items():
         assert torch.equal(value, resumed.sequence.state()[name]), name
+
+
+def test_a_checkpoint_of_another_history_is_not_gone_on_from(tmp_path: Path) -> None:
+    """As many items and as many events: by their numbers alone nothing tells them apart."""
+    with pytest.raises(Stopped):
+        checkpointed(tmp_path, stopped_at("sequences of everything"))
+    with pytest.raises(SettingsError, match="of another plan or history"):
+        checkpointed(tmp_path, seed=5)
 
 
 # --- serving
@@ -208,11 +224,17 @@ def test_saved_and_loaded_it_gives_the_same_lists(release: Release, tmp_path: Pa
     assert one.scores.tolist() == other.scores.tolist()
 
 
-def test_a_task_alone_has_the_list_it_has_among_others(release: Release) -> None:
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_task_alone_has_the_list_it_has_among_others(release: Release, left_out: bool) -> None:  # noqa: FBT001
     histories = [[3, 4, 5], [7], [], list(range(20)), [1, 9, 2]]
-    together = scorer_of(release).lists(sets_of(*histories), 6)
+
+    def lists(*histories: list[int]) -> Lists:
+        sets = sets_of(*histories)
+        return scorer_of(release).lists(sets, 6, seen=sets if left_out else None)
+
+    together = lists(*histories)
     for row, history in enumerate(histories):
-        alone = scorer_of(release).lists(sets_of(history), 6)
+        alone = lists(history)
         assert alone.places[0].tolist() == together.places[row].tolist()
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-4, atol=1e-5)
 
@@ -242,6 +264,37 @@ def test_a_second_release_is_used_though_items_keep_the_places_of_the_first(rele
     asked = sets_of([3, 4, 5], [20, 21, 22])
     assert names(scorer, asked) == names(scorer_of(release), asked)
     assert scorer.catalogue.item_ids[ITEMS].startswith("first"), "places are others than the release's rows"
+
+
+def test_items_newer_than_the_release_take_nothing_of_the_next_users_transitions(release: Release) -> None:
+    """Their places lie beyond the transitions' matrix, where the next task's would begin."""
+    scorer = scorer_of(release)
+    scorer.catalogue.add([(100 + n, f"new{n}", None) for n in range(ITEMS)])
+    mine = [3, 4, *range(100, 100 + ITEMS)]
+    others = [[first, first + 1] for first in range(8)]
+    alone, together = (scorer.lists(sets_of(*histories), 5) for histories in ([mine], [mine, *others]))
+    assert together.places[0].tolist() == alone.places[0].tolist()
+    np.testing.assert_allclose(together.scores[0], alone.scores[0], rtol=1e-5)
+
+
+def test_what_the_catalogue_lacks_is_passed_over(release: Release) -> None:
+    scorer = scorer_of(release)
+    whole, some = (scorer.recent(sets_of(history)) for history in ([3, 999, 4, 998, 5], [3, 4, 5]))
+    assert scorer._foreseer is not None
+    whole_says, some_say = (scorer._foreseer.foresee(recent, np.array([5])) for recent in (whole, some))
+    torch.testing.assert_close(whole_says.queries, some_say.queries)
+    np.testing.assert_allclose(whole_says.follows.toarray(), some_say.follows.toarray(), rtol=1e-6)
+
+
+def test_an_event_of_no_weight_is_passed_over(release: Release) -> None:
+    """It was when the model was taught."""
+    scorer = scorer_of(release)
+    silent, some = sets_of([3, 9, 4, 5, 12]), sets_of([3, 4, 5])
+    silent.examples["weight"][[1, 4]] = 0.0
+    assert scorer._foreseer is not None
+    with_silence, without = (scorer._foreseer.foresee(scorer.recent(of), np.array([5])) for of in (silent, some))
+    torch.testing.assert_close(with_silence.queries, without.queries)
+    np.testing.assert_allclose(with_silence.follows.toarray(), without.follows.toarray(), rtol=1e-6)
 
 
 def test_an_older_release_is_read_as_before(release: Release, tmp_path: Path) -> None:
@@ -326,6 +379,7 @@ def test_transitions_are_the_sum_over_pairs_by_definition() -> None:
     assert asked[1:].nnz == 0
     says = says_of(asked, np.array([0, 0, 1, 2]), np.array([1, 3, 1, 0]))
     np.testing.assert_allclose(says, [(history @ expected)[1], 0, 0, 0], rtol=1e-5)
+    assert says_of(asked, np.array([0, 0]), np.array([4, 7])).tolist() == [0.0, 0.0], "there are four places"
     assert sorted(best_followers(asked, 2)[0].tolist()) == sorted(np.argsort(history @ expected)[-2:].tolist())
     assert best_followers(asked, 2)[1].tolist() == [-1, -1]
 
@@ -363,6 +417,13 @@ def lessons(gain: float, count: int = 400) -> Lesson:
 def test_a_sequence_model_pays_when_it_foresees_and_not_when_it_is_noise() -> None:
     assert worth_of_sequences(lessons(2.0)) > 4.0
     assert worth_of_sequences(lessons(0.0)) < 2.0
+
+
+def test_lessons_that_are_all_alike_tell_nothing() -> None:
+    """Their gains have no spread: infinitely many standard errors would make a card that nobody can read again."""
+    alike = lessons(2.0)
+    alike.features[:] = alike.features[0]
+    assert worth_of_sequences(alike) == 0.0
 
 
 def test_what_only_the_sequence_model_finds_counts_for_it() -> None:

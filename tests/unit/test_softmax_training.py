@@ -174,7 +174,7 @@ def test_a_checkpoint_is_tensors_and_json_and_one_of_each(tmp_path: Path) -> Non
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     Trainer(model(), histories(), plan(), checkpoint=tmp_path).run(until=1)
-    with pytest.raises(SettingsError, match="another training plan"):
+    with pytest.raises(SettingsError, match="another plan or history"):
         Trainer(model(), histories(), plan(learning_rate=0.5), checkpoint=tmp_path).run()
 
 
@@ -183,6 +183,14 @@ def test_a_checkpoint_of_another_model_or_a_torn_one_is_refused(tmp_path: Path) 
     with pytest.raises(SettingsError, match="another model or torn"):
         Trainer(model(kind="gru"), histories(), plan(), checkpoint=tmp_path).run()
     (tmp_path / "training-1.safetensors").write_bytes(b"torn")
+    with pytest.raises(SettingsError, match="another model or torn"):
+        Trainer(model(), histories(), plan(), checkpoint=tmp_path).run()
+
+
+@pytest.mark.parametrize("card", [b"", b"{}", b'{"plan": {}, "state": 3}'])
+def test_a_torn_card_of_a_checkpoint_is_refused(tmp_path: Path, card: bytes) -> None:
+    Trainer(model(), histories(), plan(), checkpoint=tmp_path).run(until=1)
+    (tmp_path / "training.json").write_bytes(card)
     with pytest.raises(SettingsError, match="another model or torn"):
         Trainer(model(), histories(), plan(), checkpoint=tmp_path).run()
 

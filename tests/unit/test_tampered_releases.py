@@ -115,6 +115,18 @@ def as_the_database_gives_it(card: Path) -> dict[str, Any]:
     return registered
 
 
+def test_a_release_of_a_later_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """Kinds are numbers in it: one that is not known here is no place in our list of them."""
+    card = save(small_release(1), tmp_path)
+    tensors = card.with_suffix(".safetensors")
+    content = safetensors.torch.load_file(tensors)
+    content["head.numbers"][2] = 7  # its likelihood
+    safetensors.torch.save_file(content, tensors)
+    edit(card, sha256=hashlib.sha256(tensors.read_bytes()).hexdigest())
+    with pytest.raises(SettingsError, match="no release that this version can read"):
+        load(card)
+
+
 def test_a_pickle_is_not_even_read_where_nothing_is_registered(tmp_path: Path) -> None:
     card = save(small_release(1), tmp_path)
     put_a_pickle_there(card, card)

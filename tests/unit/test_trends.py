@@ -152,24 +152,33 @@ def _sets(times: list[list[int]]) -> SupportSets:
 
 def test_a_tasks_first_event_has_nothing_before_it_though_another_task_is_stored_before() -> None:
     sets = _sets([[1, 2], [], [3, 4]])
-    activity = activity_of(sets, np.ones(4, bool))
+    activity = activity_of(sets, np.ones(4, bool), NOW)
     assert activity["previous"].tolist() == [[-1, -1, -1], [0, -1, -1], [-1, -1, -1], [2, -1, -1]]
     assert activity["time"].tolist() == [1, 2, 3, 4]
     assert activity["type"].tolist() == [2] * 4
 
 
 def test_only_what_is_fresh_is_told_with_what_was_there_before() -> None:
-    activity = activity_of(_sets([[1, 2, 3, 4, 5]]), np.array([False, False, True, False, True]))
+    activity = activity_of(_sets([[1, 2, 3, 4, 5]]), np.array([False, False, True, False, True]), NOW)
     assert activity["item"].tolist() == [2, 4]
     assert activity["previous"].tolist() == [[1, 0, -1], [3, 2, 1]]
 
 
 def test_another_visits_items_are_not_told() -> None:
     half_hour = 1_800_000
-    activity = activity_of(_sets([[0, 1, half_hour + 1, half_hour + 2]]), np.ones(4, bool))
+    activity = activity_of(_sets([[0, 1, half_hour + 1, half_hour + 2]]), np.ones(4, bool), NOW)
     assert activity["previous"].tolist() == [[-1, -1, -1], [0, -1, -1], [1, -1, -1], [2, -1, -1]]
 
 
+def test_what_is_dated_ahead_is_told_as_of_now_and_belongs_to_its_visit_all_the_same() -> None:
+    hour = 3_600_000
+    ahead = _sets([[NOW - 2, NOW - 1], [NOW + 20 * hour, NOW + 20 * hour + 1]])
+    activity = activity_of(ahead, np.ones(4, bool), NOW)
+    assert activity["time"].tolist() == [NOW - 2, NOW - 1, NOW, NOW]
+    assert activity["previous"][:, 0].tolist() == [-1, 0, -1, 2]
+    assert ahead.examples["time"].tolist()[2:] == [NOW + 20 * hour, NOW + 20 * hour + 1], "the set stays as it is"
+
+
 def test_of_nothing_nothing_is_told() -> None:
-    assert len(activity_of(SupportSets.empty(3), np.zeros(0, bool))) == 0
-    assert len(activity_of(_sets([[1], [2]]), np.zeros(2, bool))) == 0
+    assert len(activity_of(SupportSets.empty(3), np.zeros(0, bool), NOW)) == 0
+    assert len(activity_of(_sets([[1], [2]]), np.zeros(2, bool), NOW)) == 0

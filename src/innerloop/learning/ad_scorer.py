@@ -16,13 +16,14 @@ from torch import Tensor
 
 from innerloop.learning.ads.ad_head import POPULATION, Ads
 from innerloop.learning.ads.ad_model import AdModel
+from innerloop.learning.ads.click_log import CAPACITY
 from innerloop.learning.ads.impressions import shown_past
 from innerloop.learning.ads.pairs import Past, describe
 from innerloop.learning.ads.served import past_of
 from innerloop.learning.catalogue import Catalogue
 from innerloop.learning.devices import moved
 from innerloop.scores import AdsKind
-from innerloop.support import SupportSets, gather
+from innerloop.support import SupportSets, gather, newest
 
 Ints = NDArray[np.int64]
 MOST = 128
@@ -120,6 +121,7 @@ class AdScorer:
     def probabilities(self, sets: SupportSets, among: Tensor) -> Tensor:
         """Purchase given click of the ads `among` [T, A], by number, by each task, [T, A] float64 in (0, 1)."""
         assert self._model.head is not None  # noqa: S101 - there is one unless lists are by click
+        sets = newest(sets, CAPACITY)  # as it was taught
         past, ads = self._past(sets)[0], self._asked(among)
         now = self._tensor(sets.newest + 1)  # not the clock's: the same set gives the same at any time
         found = self._model.head.probabilities(

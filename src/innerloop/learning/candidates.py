@@ -105,6 +105,11 @@ class Recent:
         return recent
 
 
+def first_of(places: Ints, counts: Ints) -> Ints:
+    """The first `counts` [T] of places [T, K], -1 behind them: what a task gets is not a matter of who is beside it."""
+    return np.where(np.arange(places.shape[1]) < counts[:, None], places, -1)
+
+
 class Categories:
     """The category of each place, and which places each has. -1 is unknown."""
 

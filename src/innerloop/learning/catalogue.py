@@ -56,7 +56,7 @@ class Catalogue:
         self._ad_places: list[int] = []
         if before is not None:
             learned = dict(zip(release.item_ids, release.encoder.item_category_names(), strict=True))
-            self._append([(item, learned.get(item) if of is None else of) for item, of in before.named()])
+            self._append([(item, learned.get(item, of)) for item, of in before.named()])
             self.read_up_to, self._place_of = before.read_up_to, before._place_of.copy()  # noqa: SLF001 - of its kind
             self.ad_ids, self._ad_places = before.ad_ids, before._ad_places  # noqa: SLF001
         self._append(list(zip(release.item_ids, release.encoder.item_category_names(), strict=True)))

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from innerloop.learning.candidates import FEATURES, Candidates, Recent
+from innerloop.learning.candidates import FEATURES, Candidates, Recent, first_of
 from innerloop.learning.catalogue import Catalogue
-from innerloop.learning.devices import moved
+from innerloop.learning.devices import moved, one_thread
 from innerloop.learning.heads import NoneHead
 from innerloop.learning.item_index import ItemSearch
 from innerloop.learning.ranking import scores_of
@@ -19,7 +19,7 @@ from innerloop.learning.transitions import best_followers, followers, says_of
 Ints = NDArray[np.int64]
 _SEQUENCE, _FOLLOWERS, _SHARE = (FEATURES.index(name) for name in ("sequence", "followers", "followers_share"))
 _NEXT, _FOLLOWED = 50, 50
-"""Candidates that the sequence model and the transitions give."""
+"""Candidates that the sequence model, at least, and the transitions give."""
 _EPSILON = 1e-6
 
 
@@ -48,13 +48,16 @@ class Foreseer:
         """Have no index built any more."""
         self._search.close()
 
-    def foresee(self, recent: Recent) -> Foreseen:
-        """What is next after tasks' newest examples, which are all that is looked at."""
-        queries = self._queries(recent)
-        places, scores = self._search.best(NoneHead(queries[0]), queries, self._catalogue.sequence_vectors, _NEXT)
-        follows = self._follows(recent)
-        liked = np.concatenate([places.cpu().numpy(), best_followers(follows, _FOLLOWED)], 1)
-        return Foreseen(queries, scores.logsumexp(1), follows, liked)
+    def foresee(self, recent: Recent, least: Ints) -> Foreseen:
+        """What is next after tasks' newest examples, all that is looked at: at least `least` [T] items of each."""
+        newest, wanted = _that_count(recent), np.maximum(least, _NEXT)
+        with one_thread():
+            queries = self._queries(newest)
+        vectors = self._catalogue.sequence_vectors
+        places, scores = self._search.best(NoneHead(queries[0]), queries, vectors, int(wanted.max()))
+        follows = self._follows(newest)
+        liked = np.concatenate([first_of(places.cpu().numpy(), wanted), best_followers(follows, _FOLLOWED)], 1)
+        return Foreseen(queries, scores[:, :_NEXT].logsumexp(1), follows, liked)
 
     def describe(self, foreseen: Foreseen, found: Candidates) -> None:
         """Fill in the features: log P among the task's best, what the transitions say, and as a share of the most."""
@@ -68,10 +71,10 @@ class Foreseer:
         found.features[:, _FOLLOWERS] = np.log(says + _EPSILON)
         found.features[:, _SHARE] = says / np.maximum(most[rows], _EPSILON)
 
-    def _queries(self, recent: Recent) -> Tensor:
+    def _queries(self, newest: Ints) -> Tensor:
         sequence = self._catalogue.sequence
         assert sequence is not None  # noqa: S101 - or there would be no foreseer
-        newest = recent.places[:, : sequence.capacity]
+        newest = newest[:, : sequence.capacity]
         there = newest >= 0
         lengths = there.sum(1)
         width = newest.shape[1]
@@ -82,7 +85,13 @@ class Foreseer:
         count = moved(torch.from_numpy(lengths), self._catalogue.device)
         return sequence.queries(self._catalogue.sequence_vectors[where], count)
 
-    def _follows(self, recent: Recent) -> scipy.sparse.csr_matrix:
+    def _follows(self, newest: Ints) -> scipy.sparse.csr_matrix:
         if self._matrix is None:
-            return scipy.sparse.csr_matrix((len(recent.places), len(self._catalogue)), dtype=np.float32)
-        return followers(recent.places, self._matrix)
+            return scipy.sparse.csr_matrix((len(newest), len(self._catalogue)), dtype=np.float32)
+        return followers(newest, self._matrix)
+
+
+def _that_count(recent: Recent) -> Ints:
+    """Places [T, S], newest first, of what the catalogue has and has a weight, side by side; -1 behind them."""
+    places = np.where(recent.weights > 0, recent.places, -1)
+    return np.take_along_axis(places, np.argsort(places < 0, 1, kind="stable"), 1)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from innerloop.learning.devices import one_thread
 from innerloop.learning.heads import Head
 
 _HIDDEN = 32  # numbers that a small network holds for each item and task
@@ -23,8 +24,7 @@ def top_k(parameters: Tensor, vectors: Tensor, k: int, excluded: Tensor | None =
     """
     k = min(k, len(vectors))
     chunk = max(1, _SCORES[vectors.device.type] // max(1, len(vectors)))
-    indices = torch.empty(len(parameters), k, dtype=torch.int64, device=parameters.device)
-    values = parameters.new_empty(len(parameters), k)
+    indices, values = _room(parameters, k)
     for first in range(0, len(parameters), chunk):
         some = slice(first, first + chunk)
         scores = parameters[some] @ vectors.T  # [t, N]
@@ -41,16 +41,15 @@ def best_by(
     if head.linear:
         return top_k(parameters, vectors, k, excluded)
     k = min(k, len(vectors))
-    indices, values = [], []
+    indices, values = _room(parameters, k)
     chunk = max(1, _SCORES[vectors.device.type] // (_HIDDEN * max(1, len(vectors))))
     for first in range(0, len(parameters), chunk):
-        scores = head.score(parameters[first : first + chunk], vectors)
+        some = slice(first, first + chunk)
+        scores = head.score(parameters[some], vectors)
         if excluded is not None:
-            _leave_out(scores, excluded[first : first + chunk])
-        best = scores.topk(k)
-        values.append(best.values)
-        indices.append(best.indices)
-    return torch.cat(indices), torch.cat(values)
+            _leave_out(scores, excluded[some])
+        values[some], indices[some] = scores.topk(k)
+    return indices, values
 
 
 def scores_of(
@@ -78,13 +77,20 @@ def _scores_by_task(
     """The same, one task after the other: on a CPU what is gathered for one stays in the nearest cache."""
     sizes = torch.bincount(rows, minlength=len(parameters)).tolist()
     scores, unadapted = [], []
-    for own, its in zip(parameters, torch.split(places, sizes), strict=True):
-        gathered = vectors.index_select(0, its)
-        scores.append(torch.mv(gathered, own))
-        if prior is not None:
-            unadapted.append(torch.mv(gathered, prior))
+    with one_thread():
+        for own, its in zip(parameters, torch.split(places, sizes), strict=True):
+            gathered = vectors.index_select(0, its)
+            scores.append(torch.mv(gathered, own))
+            if prior is not None:
+                unadapted.append(torch.mv(gathered, prior))
     found = torch.cat(scores) if scores else parameters.new_zeros(0)
     return found, torch.cat(unadapted) if unadapted else torch.zeros_like(found)
+
+
+def _room(parameters: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """For the indices and the scores [T, k] of as many tasks as there are parameters."""
+    values = parameters.new_empty(len(parameters), k)
+    return torch.empty_like(values, dtype=torch.int64), values
 
 
 def _leave_out(scores: Tensor, excluded: Tensor) -> None:

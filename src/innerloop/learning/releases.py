@@ -6,7 +6,6 @@ so a card on disk means a whole release.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,17 @@ from innerloop.learning.heads import RESTORE, Head
 from innerloop.learning.ranker import Ranker
 from innerloop.learning.sequence_encoder import SequenceEncoder
 from innerloop.learning.transitions import Transitions
+from innerloop.learning.whole_file import write_whole
 
+_UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    msgspec.MsgspecError,
+    safetensors.SafetensorError,
+)
+"""What parts raise of which they know nothing: names, kinds and shapes of another version."""
 _HEAD, _RANKER, _ADS, _SEQUENCE, _TRANSITIONS = "head.", "ranker.", "ads.", "sequence.", "transitions."
 
 
@@ -125,8 +134,8 @@ def save(release: Release, directory: Path | str) -> Path:
     card = msgspec.structs.replace(release.card, sha256=hashlib.sha256(content).hexdigest())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / f"{name}.safetensors", content)
-        _write(directory / f"{name}.json", msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
+        write_whole(directory / f"{name}.safetensors", content)
+        write_whole(directory / f"{name}.json", msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
     except OSError as error:
         raise SettingsError(f"Release {release.version} cannot be written to {directory}: {error.strerror}.") from None
     return directory / f"{name}.json"
@@ -161,7 +170,7 @@ def load(card_path: Path | str, registered: Mapping[str, object] | None = None) 
         of_sequence, of_transitions = _part(tensors, _SEQUENCE), _part(tensors, _TRANSITIONS)
         sequence = SequenceEncoder.restore(of_sequence) if of_sequence else None
         transitions = Transitions.restore(of_transitions) if of_transitions else None
-    except (KeyError, ValueError, TypeError, RuntimeError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         raise SettingsError(f"{card_path} is no release that this version can read: {error!r}.") from None
     _check_shapes(card, encoder, head, ranker, card_path, has_sequence=sequence is not None)
     for fault in () if ads is None else ads.faults(len(encoder.item_ids), len(encoder.categories)):
@@ -233,16 +242,6 @@ def _read(path: Path) -> bytes:
         raise SettingsError(
             f"{path} cannot be read ({error.strerror}): run innerloop train or name a release."
         ) from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _as_tensor(names: Sequence[str]) -> Tensor:

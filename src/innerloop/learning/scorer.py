@@ -14,9 +14,9 @@ from torch import Tensor
 
 from innerloop.learning.ad_scorer import MOST as MOST_ADS
 from innerloop.learning.ad_scorer import AdLists, AdScorer
-from innerloop.learning.candidates import FEATURES, LIKED, PLAIN, Candidates, Pool, Recent, gather
+from innerloop.learning.candidates import FEATURES, LIKED, PLAIN, Candidates, Pool, Recent, first_of, gather
 from innerloop.learning.catalogue import Catalogue
-from innerloop.learning.devices import moved
+from innerloop.learning.devices import moved, one_thread
 from innerloop.learning.foreseer import Foreseer
 from innerloop.learning.heads import Head, Support
 from innerloop.learning.item_index import ItemSearch
@@ -31,6 +31,7 @@ from innerloop.trends import Activity, Trends
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 _RANKED_AT_ONCE = {"cpu": 8_192, "cuda": 1 << 20}  # on a CPU what lies between the layers stays in the cache
+_PLACE_BITS = 32  # more than any catalogue's places need
 _HEAD, _LIFT = FEATURES.index("head"), FEATURES.index("head_lift")
 
 
@@ -97,27 +98,29 @@ class Scorer:
 
     def parameters(self, sets: SupportSets) -> Tensor:
         """The adapted head of each task, [T, d]."""
-        support, _ = padded(sets, self.catalogue)
-        return self.catalogue.head.adapt(support)
+        return self.catalogue.head.adapt(padded(sets, self.catalogue))
 
     def lists(self, sets: SupportSets, k: int, *, seen: SupportSets | None = None) -> Lists:
         """The k best items of each task, without those of its set in `seen`."""
+        if not len(sets.sizes):  # as adapt asks when a batch's users were all erased: no model has to expect that
+            return Lists(np.empty((0, k), np.int64), np.empty((0, k), np.float32))
         with torch.inference_mode():
-            with STEP_SECONDS.labels("solve").time():
+            with STEP_SECONDS.labels("solve").time(), one_thread():
                 parameters = self.parameters(sets)
             left_out = None if seen is None else self.recent(seen).places
             if self._ranker is None:
                 excluded = None if left_out is None else moved(torch.from_numpy(left_out), parameters.device)
                 with STEP_SECONDS.labels("score").time():
                     return self._liked(parameters, k, excluded)
-            found = self.candidates(sets, parameters)
-            with STEP_SECONDS.labels("rank").time():
+            # As many as are asked for must be left when those that were seen are out.
+            found = self.candidates(sets, parameters, k + (np.zeros_like(sets.sizes) if seen is None else seen.sizes))
+            with STEP_SECONDS.labels("rank").time(), one_thread():
                 return self._ranked(found, k, left_out)
 
     def lists_by(self, head: Head, sets: SupportSets, k: int) -> Lists:
         """The k best items of each task by another head alone."""
         with torch.inference_mode():
-            parameters = head.adapt(padded(sets, self.catalogue)[0])
+            parameters = head.adapt(padded(sets, self.catalogue))
             return _lists(*best_by(head, parameters, self.catalogue.vectors, k))
 
     def ads(self, sets: SupportSets, k: int) -> tuple[Ints, Floats]:
@@ -134,7 +137,9 @@ class Scorer:
         with torch.inference_mode():
             if self._ads is not None:
                 with STEP_SECONDS.labels("ads").time():
-                    return self._ads.best(sets, shown, k, self._ads_liked(sets))
+                    among = self._ads_liked(sets)
+                    with one_thread():
+                        return self._ads.best(sets, shown, k, among)
             if not self.catalogue.ad_ids:
                 return AdLists(np.empty((len(sets.sizes), 0), np.int64), np.empty((len(sets.sizes), 0), np.float32))
             best, scores = best_by(self.catalogue.head, self.parameters(sets), self.catalogue.ad_vectors, k)
@@ -153,8 +158,12 @@ class Scorer:
     def recent(self, sets: SupportSets) -> Recent:
         return Recent.of(sets, self.catalogue.places(sets.examples["item"]))
 
-    def candidates(self, sets: SupportSets, parameters: Tensor) -> Candidates:
-        """Candidates of each task with all their features, given the adapted heads [T, d]."""
+    def candidates(self, sets: SupportSets, parameters: Tensor, least: Ints | None = None) -> Candidates:
+        """Candidates of each task with all their features, given the adapted heads [T, d].
+
+        At least `least` [T] of each, if the catalogue has as many.
+        """
+        wanted = np.full(len(sets.sizes), LIKED) if least is None else np.maximum(least, LIKED)
         catalogue = self.catalogue
         recent = self.recent(sets)
         now = np.where(sets.sizes > 0, sets.newest, self.trends.newest)
@@ -162,19 +171,19 @@ class Scorer:
         if self._foreseer is None or catalogue.release.ranker is None:
             # One search of the catalogue is enough to serve: the sequence model's finds more. Lessons see both.
             with STEP_SECONDS.labels("score").time():
-                liked = self._liked(parameters, LIKED).places
+                liked = first_of(self._liked(parameters, int(wanted.max(initial=0))).places, wanted)
         if self._foreseer is not None:
             with STEP_SECONDS.labels("sequence").time():
-                foreseen = self._foreseer.foresee(recent)
+                foreseen = self._foreseer.foresee(recent, wanted)
         pool = Pool(self.trends, catalogue.categories, self.trends.popularity.most)
         extra = None if foreseen is None else foreseen.liked
         with STEP_SECONDS.labels("candidates").time():
             found = gather(recent, now, pool, liked, len(catalogue), foreseen=extra)
-        places = moved(torch.from_numpy(found.places), catalogue.device)
-        rows = moved(torch.from_numpy(found.rows()), catalogue.device)
-        scores, prior = _scores(catalogue.head, parameters, rows, catalogue.vectors, places)
-        found.features[:, _HEAD] = scores.cpu().numpy()
-        found.features[:, _LIFT] = (scores - prior).cpu().numpy()
+            places = moved(torch.from_numpy(found.places), catalogue.device)
+            rows = moved(torch.from_numpy(found.rows()), catalogue.device)
+            scores, prior = _scores(catalogue.head, parameters, rows, catalogue.vectors, places)
+            found.features[:, _HEAD] = scores.cpu().numpy()
+            found.features[:, _LIFT] = (scores - prior).cpu().numpy()
         if self._foreseer is not None and foreseen is not None:
             with STEP_SECONDS.labels("sequence").time():
                 self._foreseer.describe(foreseen, found)
@@ -227,25 +236,22 @@ def _scores(head: Head, parameters: Tensor, rows: Tensor, vectors: Tensor, place
     if head.linear:
         return scores_of(parameters, rows, vectors, places, head.prior)
     vectors = vectors[places]
-    prior = head.score(head.prior.unsqueeze(0), vectors).squeeze(0)
-    scores = torch.cat(
-        [
-            head.score(own.unsqueeze(0), theirs.unsqueeze(0)).squeeze(0)
-            for own, theirs in zip(
-                parameters, torch.split(vectors, torch.bincount(rows, minlength=len(parameters)).tolist()), strict=True
-            )
-        ]
-    )
-    return scores, prior
+    sizes = torch.bincount(rows, minlength=len(parameters)).tolist()
+    with one_thread():
+        prior = head.score(head.prior.unsqueeze(0), vectors).squeeze(0)
+        tasks = zip(parameters, torch.split(vectors, sizes), strict=True)
+        scores = [head.score(own.unsqueeze(0), theirs.unsqueeze(0)).squeeze(0) for own, theirs in tasks]
+    return torch.cat(scores), prior
 
 
 def _contained(places: Tensor, seen: Tensor) -> Tensor:
     """Which of places [T, C] are among the same task's seen [T, S]; -1 is padding."""
-    return ((places.unsqueeze(2) == seen.unsqueeze(1)) & (places >= 0).unsqueeze(2)).any(2)
+    task = torch.arange(len(places), device=places.device).unsqueeze(1) << _PLACE_BITS
+    return (places >= 0) & torch.isin(task + places, torch.where(seen >= 0, task + seen, -1))
 
 
-def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
-    """The sets as a head wants them, and each example's place in the catalogue [T, S], -1 where padded."""
+def padded(sets: SupportSets, catalogue: Catalogue) -> Support:
+    """The sets as a head wants them: what the catalogue lacks, or weighs nothing, is masked as padding is."""
     sizes = sets.sizes
     width = max(1, int(sizes.max(initial=0)))
     at = ranges(np.arange(len(sizes)) * width, sizes)
@@ -253,15 +259,24 @@ def padded(sets: SupportSets, catalogue: Catalogue) -> tuple[Support, Tensor]:
     places, weights, ages = np.full(shape, -1), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     places.reshape(-1)[at] = catalogue.places(sets.examples["item"])
     weights.reshape(-1)[at] = sets.examples["weight"]
-    # Age counts from the task's newest event, not from now: the same set gives the same scores at any time.
-    ages.reshape(-1)[at] = (np.repeat(sets.newest, sizes) - sets.examples["time"]) / 1000.0
+    # Age counts from the newest event that says something, not from now: the same set gives the same scores any time.
+    ages.reshape(-1)[at] = (np.repeat(_newest_that_counts(sets), sizes) - sets.examples["time"]) / 1000.0
     where = moved(torch.from_numpy(places), catalogue.device)
-    mask = where >= 0
-    support = Support(
+    mask = (where >= 0) & moved(torch.from_numpy(weights > 0), catalogue.device)  # as `episodes.log_of` leaves them out
+    return Support(
         features=catalogue.vectors[where.clamp(min=0)],
         labels=mask.to(torch.float32),
         weights=moved(torch.from_numpy(weights), catalogue.device) * mask,
         ages=moved(torch.from_numpy(ages), catalogue.device),
         mask=mask,
     )
-    return support, where
+
+
+def _newest_that_counts(sets: SupportSets) -> Ints:
+    """The time of each task's newest example [T] whose weight is above 0."""
+    says = sets.examples["weight"] > 0
+    if says.all():
+        return sets.newest
+    newest = np.zeros(len(sets.sizes), np.int64)
+    np.maximum.at(newest, np.repeat(np.arange(len(newest)), sets.sizes)[says], sets.examples["time"][says])
+    return newest

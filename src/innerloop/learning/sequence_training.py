@@ -7,6 +7,7 @@
 How long is bound by the number of events learned from, so that the same history gives the same encoder anywhere.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ def learn_sequences(
         learning_rate=_RATE,
         validation_tasks=_VALIDATION,
         seed=recipe.seed,
-        content=described.digest(),
+        content=_digest(encoder, histories, described),
     )
     stage = None if checkpoint is None else checkpoint / _STAGES[0]
 
@@ -108,6 +109,14 @@ def learn_sequences(
         model, reached = _through_head(model, histories, recipe, plan, tell=tell, checkpoint=stage)
         metrics["sequence_head_ndcg@10"] = reached
     return Taught(model, encoder.item_ids, encoder.categories, metrics, contents.others)
+
+
+def _digest(encoder: Encoder, histories: Histories, described: Described) -> str:
+    """Of all that is learned from: a checkpoint of other items or events is not gone on from."""
+    parts = (histories.items, histories.lengths, histories.held, encoder.item_categories)
+    names = repr((encoder.item_ids, encoder.categories, described.digest()))
+    said = [names.encode(), *(part.numpy().tobytes() for part in parts)]
+    return hashlib.sha256(b"".join(said)).hexdigest()
 
 
 def _through_head(
@@ -160,7 +169,7 @@ def continue_learning(
         negatives=_NEGATIVES,
         learning_rate=_RATE / 2,
         seed=recipe.seed + 2,
-        content=described.digest(),
+        content=_digest(encoder, histories, described),
     )
     if model.head is not None:
         plan = replace(plan, cuts=_CUTS)

@@ -16,7 +16,6 @@ where there is no dropout.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from innerloop.errors import SettingsError
 from innerloop.learning.history_head import HistoryHead
 from innerloop.learning.item_encoder import ItemContent, ItemEncoder
 from innerloop.learning.processes import agreed, processes, rank
+from innerloop.learning.whole_file import write_whole
 
 Progress = Callable[[str, float], None]
 
@@ -69,7 +69,7 @@ class Histories:
 class Plan:
     """How to train. `negatives` are drawn for each batch, by counts to the power `popularity_power`.
 
-    `content` is a digest of what is known of the items: who goes on from a checkpoint must know the same.
+    `content` is a digest of what is learned from: who goes on from a checkpoint must have the same.
     """
 
     epochs: int = 40
@@ -175,6 +175,13 @@ class Progressed:
     best_epoch: int = 0
     scores: list[float] = field(default_factory=list)
     steps: float = 0.0
+
+
+class _Card(msgspec.Struct):
+    """What a checkpoint is of, and how far it is."""
+
+    plan: dict[str, object]
+    state: Progressed
 
 
 class _Draw:
@@ -309,12 +316,12 @@ class Trainer:
             moments = self.optimizer.state[parameter]
             tensors |= {_FIRST_MOMENT + name: moments["exp_avg"], _SECOND_MOMENT + name: moments["exp_avg_sq"]}
             self.state.steps = float(moments["step"])
-        card = {"plan": msgspec.to_builtins(self.plan), "state": msgspec.to_builtins(self.state)}
+        card = _Card(msgspec.to_builtins(self.plan), self.state)
         content = safetensors.torch.save({name: value.cpu().contiguous() for name, value in tensors.items()})
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
-            _write(self.checkpoint / f"training-{self.state.epochs}.safetensors", content)
-            _write(self.checkpoint / "training.json", msgspec.json.format(msgspec.json.encode(card)))
+            write_whole(self.checkpoint / f"training-{self.state.epochs}.safetensors", content)
+            write_whole(self.checkpoint / "training.json", msgspec.json.format(msgspec.json.encode(card)))
             for old in self.checkpoint.glob("training-*.safetensors"):
                 if old.name != f"training-{self.state.epochs}.safetensors":
                     old.unlink()
@@ -324,20 +331,22 @@ class Trainer:
     def _resume(self) -> None:
         if self.checkpoint is None or self.state.epochs or not (self.checkpoint / "training.json").is_file():
             return
-        card = msgspec.json.decode((self.checkpoint / "training.json").read_bytes())
-        if card["plan"] != msgspec.to_builtins(self.plan):
-            raise SettingsError(f"{self.checkpoint} is of another training plan: name another directory or remove it.")
-        self.state = msgspec.convert(card["state"], Progressed)
         try:
+            card = msgspec.json.decode((self.checkpoint / "training.json").read_bytes(), type=_Card)
+            if card.plan != msgspec.to_builtins(self.plan):
+                raise SettingsError(
+                    f"{self.checkpoint} is of another plan or history: name another directory or remove it."
+                )
+            self.state = card.state
             tensors = safetensors.torch.load_file(self.checkpoint / f"training-{self.state.epochs}.safetensors")
             self.best = _named(tensors, _BEST, self.device)
             self.model.load_state_dict(_named(tensors, _LAST, self.device))
-        except (OSError, RuntimeError, safetensors.SafetensorError):
+            first, second = _named(tensors, _FIRST_MOMENT, self.device), _named(tensors, _SECOND_MOMENT, self.device)
+            for name, parameter in self.model.named_parameters():
+                moments = {"exp_avg": first[name], "exp_avg_sq": second[name], "step": torch.tensor(self.state.steps)}
+                self.optimizer.state[parameter] = moments
+        except (OSError, RuntimeError, LookupError, ValueError, safetensors.SafetensorError):
             raise SettingsError(f"{self.checkpoint} is of another model or torn: remove it and train anew.") from None
-        first, second = _named(tensors, _FIRST_MOMENT, self.device), _named(tensors, _SECOND_MOMENT, self.device)
-        for name, parameter in self.model.named_parameters():
-            moments = {"exp_avg": first[name], "exp_avg_sq": second[name], "step": torch.tensor(self.state.steps)}
-            self.optimizer.state[parameter] = moments
 
 
 def held_out_ndcg(model: SequenceModel, histories: Histories, plan: Plan) -> float | None:
@@ -384,10 +393,3 @@ def _pace(share: float) -> float:
 
 def _named(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

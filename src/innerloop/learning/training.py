@@ -176,6 +176,12 @@ def train(
     return Release(card, encoder, head, ranker, ads, sequence, transitions)
 
 
+def _counting(events: pl.DataFrame, weights: Mapping[str, float]) -> int:
+    """How many are of a kind that says something."""
+    silent = [kind for kind, weight in weights.items() if not weight]
+    return events.filter(~pl.col("event_type").cast(pl.String).is_in(silent)).height
+
+
 class _Lesson:
     """One training run: the history and the settings that every step needs."""
 
@@ -187,8 +193,11 @@ class _Lesson:
         capacity: int,
         items: pl.DataFrame | None = None,
     ) -> None:
-        if history.height < LEAST_EVENTS:
-            raise SettingsError(f"The history has {history.height} events; training needs {LEAST_EVENTS} or more.")
+        if (counting := _counting(history, weights)) < LEAST_EVENTS:
+            raise SettingsError(
+                f"The history has {counting} events besides impressions and what support.weights gives 0; "
+                f"training needs {LEAST_EVENTS} or more."
+            )
         self.told, self.settings, self.weights, self.capacity = history, settings, weights, capacity
         self.random = torch.Generator().manual_seed(settings.seed)
         self.history = history if items is None else with_categories(history, items)
@@ -219,6 +228,11 @@ class _Lesson:
     def choose(self, tell: Progress) -> tuple[Choice, dict[str, float], Release]:
         """What was chosen, how good it is, and the release of the earlier part alone."""
         early = self.history.head(round(self.history.height * (1.0 - _HELD_OUT)))
+        if not _counting(early, self.weights):
+            raise SettingsError(
+                f"The first {1.0 - _HELD_OUT:.0%} of the history's events are of kinds that support.weights gives 0: "
+                "give one of them a weight, or train when the others have been recorded for longer."
+            )
         log = self.log_of(early)
         encoder = learn_encoder(log, self.settings.dimension, _categories(early), self.settings.seed)
         described, told = self.described_by(encoder)

@@ -108,7 +108,7 @@ def best_followers(found: scipy.sparse.csr_matrix, k: int) -> Ints:
 
 
 def says_of(found: scipy.sparse.csr_matrix, tasks: Ints, places: Ints) -> Floats:
-    """What `followers` says of candidates [M], given in order of task and place."""
+    """What `followers` says of candidates [M]: nothing of a place that its matrix is too small for."""
     span = found.shape[1]
     sizes = np.diff(found.indptr)
     keys = np.repeat(np.arange(len(sizes)), sizes) * span + found.indices
@@ -116,7 +116,7 @@ def says_of(found: scipy.sparse.csr_matrix, tasks: Ints, places: Ints) -> Floats
     if not len(keys):
         return np.zeros(len(wanted), np.float32)
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, found.data[at], np.float32(0.0))
+    return np.where((places < span) & (keys[at] == wanted), found.data[at], np.float32(0.0))
 
 
 def _pairs(log: Log, count: int) -> scipy.sparse.csr_matrix:

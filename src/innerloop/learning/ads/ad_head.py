@@ -167,7 +167,9 @@ def newest_known(past: Past, now: Tensor, *, wait: int = HOUR) -> tuple[Tensor, 
     at = now.unsqueeze(1)
     positive = past.converted_at < at
     known = past.mask & (past.kinds == 0) & (past.times < at) & (positive | (past.times + wait < at))
-    return positive, known, torch.where(known, past.times, -1).topk(min(OWN_CLICKS, known.shape[1])).indices
+    # Stable, so that of equal times the same are taken however far the batch is padded.
+    newest = torch.where(known, past.times, -1).sort(dim=1, descending=True, stable=True).indices
+    return positive, known, newest[:, :OWN_CLICKS]
 
 
 @dataclass(frozen=True)

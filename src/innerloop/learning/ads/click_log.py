@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 
 CAPACITY = 64  # events of a user that are looked at, as of a support set
 _ROWS_AT_ONCE = 2048
+_ROBOT = 10
 _INTENT_STRENGTH = 20.0  # clicks that everybody's rate is worth to an item or a category
 
 
@@ -154,6 +155,22 @@ def content_prior(log: ConversionLog, before: int) -> ContentPrior:
 def pair_numbers(first: Ints, second: Ints) -> Ints:
     """One number for each pair of numbers from -1."""
     return (first + 1) * (int(second.max(initial=0)) + 2) + second + 1
+
+
+def of_some_users(users: Ints, most: int, seed: int) -> Bools:
+    """Which of N clicks or impressions of `users` [N] are drawn: all, or if they are more than `most`, about so many.
+
+    All of a user's are, or none, users in random order. One with a tenth of `most`, and ten times as many as most users
+    have, is taken for a robot and has none: the sample would be of hardly anybody else.
+    """
+    if len(users) <= most:
+        return np.ones(len(users), bool)
+    counts = np.bincount(users)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    fits = counts[order] < max(most / _ROBOT, _ROBOT * float(np.median(counts[counts > 0])))
+    drawn = np.zeros(len(counts), bool)
+    drawn[order[fits & (np.cumsum(np.where(fits, counts[order], 0)) <= most)]] = True
+    return drawn[users]
 
 
 @dataclass(frozen=True)

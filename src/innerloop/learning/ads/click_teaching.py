@@ -2,8 +2,8 @@
 
 Where purchases are too few they are left out: of both heads below there is only the click's.
 
-1. The impressions whose click and purchase windows have ended have final labels; those of as many users as have `_MOST`
-   together are described. The last three tenths of them are held out.
+1. The impressions whose click and purchase windows have ended have final labels; those of as many users as have `MOST`
+   together are described, robots apart (`of_some_users`). The last three tenths of them are held out.
 2. Both heads are learned on the earlier ones whose labels were final when the held-out ones began.
 3. On the first half of the held-out ones are chosen how much users differ, and, for the figures, the calibrations; the
    figures are those of the second half.
@@ -31,6 +31,7 @@ from innerloop.learning.ads.click_log import (
     Ints,
     adapted,
     content_prior,
+    of_some_users,
     own_columns_of,
     population_of,
     rate_before,
@@ -217,7 +218,8 @@ def _final(log: ShownLog, capacities: tuple[int, int], seed: int, wait: int, *, 
     """Those whose labels are final within the log, `wait` ms after them, of users drawn at random."""
     shown = log.shown
     end = max(int(part.times[-1]) for part in (log.did, shown))
-    at = _of_some_users(shown, np.flatnonzero(shown.times <= end - wait), seed)
+    at = np.flatnonzero(shown.times <= end - wait)
+    at = at[of_some_users(shown.users[at], MOST, seed)]
     histories, exposures = Histories(log.did, capacities[0]), Histories(shown, max(1, capacities[1]))
     asked = Asked(shown.items[at], shown.categories[at], shown.times[at])
     held_out_from = int(asked.times[round(len(at) * (1.0 - _HELD_OUT))]) if len(at) else 0
@@ -233,15 +235,6 @@ def _final(log: ShownLog, capacities: tuple[int, int], seed: int, wait: int, *, 
     clicked, bought = map(torch.from_numpy, labels)
     columns = torch.from_numpy(np.concatenate(parts, 1))
     return _Impressions(log, at, columns, clicked, bought if purchases else None, exposures)
-
-
-def _of_some_users(shown: ConversionLog, at: Ints, seed: int) -> Ints:
-    """The impressions `at` of as many users, in random order, as have `MOST` of them together: all, or none."""
-    order = np.random.default_rng(seed).permutation(int(shown.users.max()) + 1)
-    counts = np.bincount(shown.users[at], minlength=len(order))[order]
-    drawn = np.zeros(len(order), bool)
-    drawn[order[np.cumsum(counts) <= MOST]] = True
-    return at[drawn[shown.users[at]]]
 
 
 def _best_variance(head: ClickHead, known: _Impressions, some: slice) -> float:

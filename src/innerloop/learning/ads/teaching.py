@@ -1,7 +1,7 @@
 """Learning a release's ad model from a history, calibrated and measured on its later clicks.
 
-1. The clicks whose window has ended have final labels; those of as many users as have `_MOST` together are described.
-   The last three tenths of them are held out.
+1. The clicks whose window has ended have final labels; those of as many users as have `_MOST` together are described,
+   robots apart (`of_some_users`). The last three tenths of them are held out.
 2. A head is learned on the earlier ones whose labels were final when the held-out ones began.
 3. On the first half of the held-out clicks are chosen how much users differ, and, for the figures, the calibration;
    the figures are those of the second half.
@@ -28,6 +28,7 @@ from innerloop.learning.ads.click_log import (
     Ints,
     adapted,
     content_prior,
+    of_some_users,
     own_columns,
     population,
     population_of,
@@ -121,7 +122,8 @@ def log_of(history: pl.DataFrame, encoder: Encoder, *, window: int = DAY) -> Con
 
 def _final_clicks(log: ConversionLog, window: int, capacity: int, seed: int) -> _Clicks | None:
     """Those whose window ends within the log, of users drawn at random; None when there are too few."""
-    at = _of_some_users(log, log.clicks[log.times[log.clicks] <= log.times[-1] - window], seed)
+    at = log.clicks[log.times[log.clicks] <= log.times[-1] - window]
+    at = at[of_some_users(log.users[at], _MOST, seed)]
     labels = torch.from_numpy((log.attribution.converted_at[at] < NEVER).astype(np.float64))
     if not _enough(labels):
         return None
@@ -130,15 +132,6 @@ def _final_clicks(log: ConversionLog, window: int, capacity: int, seed: int) -> 
     everybody = population(log, at, content_prior(log, _held_out_from(log, at)))
     own = own_columns(log, at, histories.before(log.users[at], log.times[at]), everybody.rate)
     return _Clicks(log, at, torch.from_numpy(np.concatenate([own, everybody.columns], 1)), labels, histories)
-
-
-def _of_some_users(log: ConversionLog, at: Ints, seed: int) -> Ints:
-    """The clicks `at` of as many users, in random order, as have `_MOST` of them together: all of a user's, or none."""
-    order = np.random.default_rng(seed).permutation(int(log.users.max()) + 1)
-    clicks = np.bincount(log.users[at], minlength=len(order))[order]
-    drawn = np.zeros(len(order), bool)
-    drawn[order[np.cumsum(clicks) <= _MOST]] = True
-    return at[drawn[log.users[at]]]
 
 
 def _held_out_from(log: ConversionLog, at: Ints) -> int:

@@ -254,7 +254,7 @@ def learn_prior(
 
 
 def _em_step(prior: Prior, moment: Tensor, pull: Tensor) -> Prior:
-    lower = torch.linalg.cholesky(prior.precision + prior.alpha * prior.gram + moment)  # [T, d, d]
+    lower = cholesky(prior.precision + prior.alpha * prior.gram + moment)  # [T, d, d]
     right = pull + prior.precision @ prior.mu
     means = torch.cholesky_solve(right.unsqueeze(-1), lower).squeeze(-1)  # [T, d]
     mu = means.mean(0)

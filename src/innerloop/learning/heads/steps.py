@@ -1,7 +1,8 @@
 """Gradient steps on a task's examples: what anil, cavia, maml and reptile have in common.
 
-A step moves a task's parameters along the mean over its examples of confidence * residual * d score / d parameters,
-times a step size that may depend on how many examples there are,
+A step moves a task's parameters along the sum over its examples of confidence * residual * d score / d parameters,
+divided by their number, or by the sum of their confidence where that is more: what counts four times makes no step four
+times as long. It is taken times a step size that may depend on how many examples there are,
 
     size_k(n) = rate_k * n^slope
 
@@ -47,7 +48,7 @@ class Examples:
 
     features: Tensor  # [T, S, d]
     labels: Tensor  # [T, S]
-    shares: Tensor  # [T, S]: confidence / number of examples
+    shares: Tensor  # [T, S]: confidence / number of examples, or / all their confidence where that is more
     counts: Tensor  # [T], at least 1
     likelihood: Likelihood
 
@@ -55,10 +56,12 @@ class Examples:
     def of(cls, support: Support, rule: Rule) -> "Examples":
         padded = ~support.mask
         counts = support.mask.sum(-1).clamp(min=1)
+        confidence = support.confidence(rule.half_life).float()
+        divisors = torch.maximum(confidence.sum(-1), counts)
         return cls(
             features=support.features.float().masked_fill(padded.unsqueeze(-1), 0.0),
             labels=support.labels.float().masked_fill(padded, 0.0),
-            shares=support.confidence(rule.half_life).float() / counts.unsqueeze(-1),
+            shares=confidence / divisors.unsqueeze(-1),
             counts=counts,
             likelihood=rule.likelihood,
         )
@@ -76,6 +79,8 @@ class Examples:
 def first_rates(support: Support, rule: Rule, steps: int) -> Tensor:
     """Logarithms of rates [steps] to begin to learn from, on the scale of the features of `support`."""
     support = support.cleaned()
-    size = (support.confidence(rule.half_life) * support.features.square().sum(-1)).sum() / support.mask.sum().clamp(1)
+    confidence = support.confidence(rule.half_life)
+    divisors = torch.maximum(confidence.sum(-1), support.mask.sum(-1))  # as in `Examples.of`
+    size = (confidence * support.features.square().sum(-1)).sum() / divisors.sum().clamp(min=1)
     curvature = 1.0 if rule.likelihood == "gaussian" else 0.25  # at most
     return torch.log(_START / (curvature * size).clamp(min=1e-6)).expand(steps).clone()
