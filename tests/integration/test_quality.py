@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from confluent_kafka import TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,6 +27,8 @@ from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.quality.app import Quality
+from innerloop.worker.quality.sample import Reader
+from innerloop.worker.quality.sample import Record as QualityRecord
 from innerloop.worker.quality.security import credentials
 from innerloop.worker.servers.watched_process import free_ports
 
@@ -249,6 +252,41 @@ def test_windows_equal_a_plain_computation(quality: Settings) -> None:
     assert sum((group["ads"] or {"purchases": 0})["purchases"] for w in found.values() for group in w["arms"]) > 10
 
 
+def test_what_faust_commits_past_in_the_sample_is_read_again(quality: Settings) -> None:
+    """As in a rebalance, now and then: the sample has it, nobody judged it, and the group stands behind it."""
+    shop, group = Shop(quality), quality.kafka.quality_group
+    clicks, sample = quality.topics.clicks, f"{group}-sample"
+    shop.go_on(300)
+    with running(quality) as (first,):
+        wait_for(lambda: windows(quality) and not sum(each.offsets for each in group_lag(quality, group, [clicks])))
+        first.terminate()
+        assert first.wait(60) == 0
+    with clients.consumer(quality.kafka, group) as consumer:
+        begun = consumer.committed([TopicPartition(clicks, n) for n in range(4)], timeout=10)
+        shop.go_on(200)
+        consumer.assign(begun)
+        found: dict[int, list[QualityRecord]] = {}
+        for message in consumer.consume(200, 30.0):
+            record = QualityRecord(message.key(), message.value(), message.timestamp()[1])
+            found.setdefault(message.partition() or 0, []).append(record)
+        assert sum(map(len, found.values())) == 200
+        for number, records in found.items():
+            batch = Reader(quality).batch(clicks, number, records, int(time.time() * 1000))
+            shop.producer.produce(sample, msgspec.msgpack.encode(batch), partition=0)
+        assert shop.producer.flush(10) == 0
+        places = [*(TopicPartition(clicks, n) for n in range(4)), TopicPartition(sample, 0)]
+        ends = [TopicPartition(at.topic, at.partition, consumer.get_watermark_offsets(at, 10)[1]) for at in places]
+        consumer.commit(offsets=ends, asynchronous=False)
+    last = shop.last_window()
+    shop.pass_time(240)
+    with running(quality):
+        wait_for(lambda: last in judge_of(windows(quality)))
+    # Some may be late: the partitions are silent for long, and come to speak one after the other.
+    heard = sum(window["clicks"] + window["late"] for window in judge_of(windows(quality)).values())
+    assert heard == sum(event["event_type"] == "click" for event in shop.events)
+
+
+@pytest.mark.timeout(300)
 def test_kills_stops_and_rebalances_in_mid_window_cost_little_and_count_nothing_twice(quality: Settings) -> None:
     """Faust may lose a record where a process dies or partitions move; what is left must be right."""
     shop, group = Shop(quality, seed=1), quality.kafka.quality_group
