@@ -98,6 +98,8 @@ class Adapt:
         """Partitions of which requests may be gone, nobody knows which."""
         self._refreshed_at = 0.0
         self._refused: tuple[int, str] | None = None
+        self._advertised = False
+        """Whether there was ever an ad: then an empty list goes out where none is left, or the last would stay."""
         self._scorer = Scorer(self._newest_release(), self._device, index_above=settings.adapt.index_above)
         metrics.MODEL_VERSION.set(self._scorer.catalogue.release.version)
         self._activity = ActivityReader(settings.trends.kept_events)
@@ -259,7 +261,7 @@ class Adapt:
         with metrics.STEP_SECONDS.labels("publish").time():
             self._publisher.flush(_FLUSH_SECONDS)
         metrics.SCORES.labels("recommendations").inc(sent)
-        metrics.SCORES.labels("ads").inc(sent if self._scorer.catalogue.ad_ids else 0)
+        metrics.SCORES.labels("ads").inc(sent if self._advertised else 0)
         metrics.ADAPTED.inc(adapted)
         metrics.ADAPTATION_SECONDS.inc(time.monotonic() - began)
 
@@ -321,7 +323,7 @@ class Adapt:
         """Send the lists; of how many users."""
         catalogue, topics, encode = self._scorer.catalogue, self._settings.topics, self._encode
         version, method = catalogue.release.version, self._scorer.method
-        names, ad_ids = catalogue.item_ids, catalogue.ad_ids
+        names = catalogue.item_ids
         headers = {partition: owner_headers(epoch) for partition, epoch in self._epochs.items()}
         now, sent = int(time.time() * 1000), 0
         sets, versions = stored.sets, stored.versions.tolist()
@@ -348,7 +350,7 @@ class Adapt:
                 listed = [ScoredItem(names[place], score) for place, score in pairs if place >= 0]
                 record = encode(RecommendationScores(model="recommendations", items=listed, **common))
                 self._publisher.send(topics.recommendations, user, record, headers=mark, partition=partition)
-                if ad_ids:
+                if self._advertised:
                     record = encode(AdScores(model="ads", ads=scored.ads[row], kind=self._scorer.ads_kind, **common))
                     self._publisher.send(topics.ads, user, record, headers=mark, partition=partition)
                 sent += 1
@@ -400,11 +402,13 @@ class Adapt:
         """New items, ads and activity, and a newer release."""
         self._renew()
         catalogue = self._scorer.catalogue
-        with transaction(self._engine) as connection:
+        # Of one moment: an ad, or activity, of an item that came after the items were read would be dropped.
+        with transaction(self._engine, of_one_moment=True) as connection:
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
             catalogue.add(found)
             catalogue.read_up_to = found[-1][0] if found else catalogue.read_up_to
             catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
+            self._advertised = items.any_ads(connection)
             told = self._activity.read(connection)  # last: what is read here is not read again
         with metrics.STEP_SECONDS.labels("trends").time():
             self._scorer.observe(told)

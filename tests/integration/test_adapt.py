@@ -26,6 +26,7 @@ from counters import counted, counted_since
 from numpy.typing import NDArray
 from offsets import committed, log_ends
 from safetensors.numpy import load_file
+from sqlalchemy import text
 
 from innerloop import metrics
 from innerloop.adapt import Adapt
@@ -41,7 +42,7 @@ from innerloop.learning.releases import Card, DataSummary, Release, save
 from innerloop.learning.training import train
 from innerloop.scores import AdaptationRequest, AdScores, RecommendationScores
 from innerloop.store import activity, items, support_sets
-from innerloop.store.database import Database, connect, transaction
+from innerloop.store.database import Database, Transaction, connect, transaction
 from innerloop.streams import clients
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.publisher import Headers, Publisher
@@ -514,6 +515,25 @@ def test_what_everybody_does_comes_in_at_every_refresh_and_outlives_a_release(wo
         assert _names(record) == ["i30", "i31", "never heard of"]
 
 
+def test_an_item_that_comes_in_the_middle_of_a_refresh_counts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its activity was once read after the items, of which it was none yet, and dropped."""
+    _register_ranked(world, 2)
+    with running(with_adapt(world.settings, top=3)):
+        _listed(world, lambda _record: True)
+        active_ads, came = items.active_ads, threading.Event()
+
+        def then_it_comes(connection: Transaction, days: float) -> list[tuple[str, int]]:
+            if not came.is_set():
+                _tell(world, ["just come"] * 6)
+                came.set()
+            return active_ads(connection, days)
+
+        monkeypatch.setattr(items, "active_ads", then_it_comes)
+        wait_for(came.is_set)
+        record = _listed(world, lambda record: record.trends_version == 1)
+        assert _names(record)[0] == "just come"
+
+
 def test_a_piece_whose_writer_was_slow_counts_once(world: World) -> None:
     _register_ranked(world, 2)
     with running(with_adapt(world.settings, top=2)), world.engine.connect() as slow:
@@ -730,6 +750,7 @@ def test_an_owner_killed_before_its_answer_is_followed_by_one_that_answers(world
     world.give("u", [("i1", 1.0, 0)])
     owner = process(world.settings)
     try:
+        wait_for(lambda: members_with_partitions(world.settings.kafka, world.settings.kafka.adapt_group) == 1, 60)
         world.ask_and_read("u")
         owner.send_signal(signal.SIGSTOP)  # or it would be quicker than this test
         world.send(topic, "u", older("u"), "0")
@@ -825,6 +846,43 @@ def test_ads_carry_the_chance_that_a_click_is_followed_by_a_purchase(world: Worl
         assert scores == sorted(scores, reverse=True)
         assert 0.0 < scores[-1] <= scores[0] < 1.0
     assert first.ads != second.ads
+
+
+def test_when_the_last_ad_has_expired_an_empty_list_takes_its_place(world: World) -> None:
+    """The topic is compacted: what is not replaced stays."""
+    topic = world.settings.topics.ads
+    world.give("u", [("i1", 1.0, 0)])
+    with running(world.settings):
+        world.ask_and_read("u")
+        assert not world.log(topic), "a shop without ads has no lists of them"
+        world.show_ads({"ad": "i1"})
+
+        def last() -> AdScores | None:
+            world.give("u", [("i1", 1.0, 0)])
+            world.ask_and_read("u")
+            values = [message.value() or b"" for message in world.log(topic)]
+            return msgspec.json.decode(values[-1], type=AdScores) if values else None
+
+        wait_for(lambda: (found := last()) and [ad.ad_id for ad in found.ads] == ["ad"])
+        with transaction(world.engine) as connection:
+            connection.execute(text("UPDATE ads SET last_seen = now() - interval '8 days'"))
+        wait_for(lambda: (found := last()) and found.ads == [] and found.support_version == world.given["u"])
+
+
+@pytest.mark.parametrize(("method", "sequence"), [("maml", "off"), ("bayes", "pooled")])
+def test_a_batch_of_erased_users_alone_does_not_end_it(world: World, method: str, sequence: str) -> None:
+    """Nobody is scored then, which a network head and a sequence model were once not made for."""
+    history = Shop(1, users=40, items=ITEMS).history(2_000)
+    recipe = LearningSettings(dimension=8, method=method, sequence=sequence, sequence_positions=2_000)
+    learned = train(history, settings=recipe, weights={}, capacity=16, version=2)
+    assert (learned.sequence is not None) == (sequence != "off")
+    register(world.settings, world.engine, learned, save(learned, world.folder))
+    world.show_ads({"ad": "i1"})
+    with running(world.settings) as member:
+        world.ask("gone")
+        wait_for(lambda: member.error or len(world.tombstones("gone")) == 2)
+        world.give("u", [("i1", 1.0, 0)])
+        assert world.ask_and_read("u").model_version == 2
 
 
 # --- the hold-out

@@ -217,6 +217,41 @@ def test_items_get_one_number_each_whoever_asks(settings: Settings, engine: Engi
         each.dispose()
 
 
+def test_an_item_has_the_first_category_that_is_named_for_it(engine: Engine) -> None:
+    """Its first event may be a purchase, which names none."""
+    numbers, other, late = ItemNumbers(engine), ItemNumbers(engine), ItemNumbers(engine)
+    first = numbers.intern(["a", "b", "c"], {"c": "shoes"})
+    other.intern(["b"], {})
+    assert numbers.intern(["a", "c"], {"a": "hats", "c": "hats"}) == [first[0], first[2]]
+    assert other.intern(["b", "a"], {"b": "bags", "a": "bags"}) == [first[1], first[0]]
+    assert numbers.intern(["b"], {"b": "shoes"}) == late.intern(["b"], {"b": "hats"}) == [first[1]]
+    with engine.begin() as connection:
+        found = items.items_numbered(connection, first)
+    assert sorted((item, category) for _, item, category in found) == [("a", "hats"), ("b", "bags"), ("c", "shoes")]
+    assert not numbers._uncategorised
+
+
+def test_workers_that_name_categories_at_once_do_not_wait_in_a_circle(settings: Settings, engine: Engine) -> None:
+    names = [f"bare{n}" for n in range(400)]
+    ItemNumbers(engine).intern(names, {})
+    engines = [connect(settings.database) for _ in range(3)]
+    orders = (names, names[::-1], names[200:] + names[:200])
+    with ThreadPoolExecutor(3) as pool:
+        list(
+            pool.map(
+                lambda each, order: ItemNumbers(each).intern(order, dict.fromkeys(order, f"of {order[0]}")),
+                engines,
+                orders,
+            )
+        )
+    with engine.begin() as connection:
+        found = items.categories_of(connection, names)
+    assert found.keys() == set(names)
+    assert set(found.values()) <= {f"of {order[0]}" for order in orders}
+    for each in engines:
+        each.dispose()
+
+
 def test_a_catalogue_over_the_bound_is_read_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "MAX_CACHED_ITEMS", 3)
     numbers = ItemNumbers(engine)

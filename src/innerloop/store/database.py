@@ -96,10 +96,14 @@ def _set_timeouts(statement_seconds: float, session: "Session", _record: object)
 
 
 @contextmanager
-def transaction(engine: Engine) -> Iterator[Connection]:
-    """One transaction; raises RetryError, with nothing or everything committed, when the database goes away."""
+def transaction(engine: Engine, *, of_one_moment: bool = False) -> Iterator[Connection]:
+    """One transaction; raises RetryError, with nothing or everything committed, when the database goes away.
+
+    All that is read in one `of_one_moment` is as it was at its first statement (REPEATABLE READ).
+    """
+    chosen = engine.execution_options(isolation_level="REPEATABLE READ") if of_one_moment else engine
     try:
-        with engine.begin() as connection:
+        with chosen.begin() as connection:
             yield connection
     except (DBAPIError, psycopg2.Error) as error:
         if is_passing(error):

@@ -19,7 +19,16 @@ _INTERN = """
     SELECT item_id, category FROM unnest(%s::text[], %s::text[]) AS v (item_id, category) ORDER BY item_id
     ON CONFLICT (item_id) DO NOTHING
 """
-_NUMBERS = "SELECT item_id, item_no FROM items WHERE item_id = ANY(%s)"
+_NUMBERS = "SELECT item_id, item_no, category IS NULL FROM items WHERE item_id = ANY(%s)"
+# Purchases and impressions often name no category. Locked in one order and behind the inserts: no circle here either.
+_CATEGORISE = """
+    WITH told AS (
+        SELECT item_no, v.category FROM items
+        JOIN unnest(%s::text[], %s::text[]) AS v (item_id, category) USING (item_id)
+        WHERE items.category IS NULL ORDER BY item_id FOR UPDATE OF items
+    )
+    UPDATE items SET category = told.category FROM told WHERE items.item_no = told.item_no
+"""
 
 # An ad's row moves at most once a minute: many workers see the same few ads.
 _SEE_ADS = """
@@ -36,35 +45,46 @@ class ItemNumbers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._numbers: dict[str, int] = {}
+        self._uncategorised: set[str] = set()
 
     def intern(self, item_ids: Sequence[str], categories: Mapping[str, str]) -> list[int]:
         """The number of each of `item_ids`; new items are inserted first, with their category. Raises RetryError.
 
-        In a transaction of its own: inside the batch's, two workers that met the same new item waited for each other's
-        whole batch. A number that no event uses, should the batch not commit, harms nothing.
+        An item keeps the first category that an event names for it. In a transaction of its own: inside the batch's,
+        two workers that met the same new item waited for each other's whole batch. A number that no event uses, should
+        the batch not commit, harms nothing.
         """
         known = self._numbers
-        new = list({item for item in item_ids if item not in known})
+        new = list({item for item in item_ids if item not in known} | self._uncategorised.intersection(categories))
         if new:
             if len(known) + len(new) > MAX_CACHED_ITEMS:
                 known.clear()
+                self._uncategorised.clear()
                 new = list(set(item_ids))
             for first in range(0, len(new), NUMBERS_AT_ONCE):
                 with transaction(self._engine) as connection:
                     some = new[first : first + NUMBERS_AT_ONCE]
                     found = _find_or_insert(cursor_of(connection), some, categories)
-                known.update(found)  # only now: a number that was rolled back never was
+                # Only now: a number that was rolled back never was.
+                known.update((item, number) for item, number, _ in found)
+                self._uncategorised.difference_update(some)
+                self._uncategorised.update(item for item, _, bare in found if bare and item not in categories)
         return [known[item] for item in item_ids]
 
 
-def _find_or_insert(cursor: Cursor, items: list[str], categories: Mapping[str, str]) -> dict[str, int]:
+def _find_or_insert(cursor: Cursor, items: list[str], categories: Mapping[str, str]) -> list[tuple[str, int, bool]]:
+    """(item_id, item_no, whether it had no category) of each."""
     cursor.execute(_NUMBERS, (items,))
-    found = dict(cursor.fetchall())
-    unseen = [item for item in items if item not in found]
+    found: list[tuple[str, int, bool]] = cursor.fetchall()
+    numbered = {item for item, _, _ in found}
+    unseen = [item for item in items if item not in numbered]
     if unseen:
         cursor.execute(_INTERN, (unseen, [categories.get(item) for item in unseen]))
         cursor.execute(_NUMBERS, (unseen,))
-        found.update(cursor.fetchall())
+        found += cursor.fetchall()
+    told = [item for item, _, bare in found if bare and item in categories]
+    if told:
+        cursor.execute(_CATEGORISE, (told, [categories[item] for item in told]))
     return found
 
 
@@ -97,6 +117,11 @@ def categories_of(connection: Connection, item_ids: Sequence[str]) -> dict[str, 
         {"items": list(item_ids)},
     )
     return {row.item_id: row.category for row in rows}
+
+
+def any_ads(connection: Connection) -> bool:
+    """Whether any ad was ever seen."""
+    return bool(connection.execute(text("SELECT EXISTS (SELECT FROM ads)")).scalar())
 
 
 def active_ads(connection: Connection, days: float) -> list[tuple[str, int]]:
