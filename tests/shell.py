@@ -62,3 +62,8 @@ class Shell:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+
+    def show_errors(self) -> None:
+        """Write out what each has written to standard error."""
+        for process in self._started:
+            sys.stderr.write(f"--- {process.args!r} left with {process.returncode}:\n{self.errors(process)}")

@@ -121,7 +121,7 @@ class Bench:
         """A run over support sets that are already on the device."""
         catalogue = self.adapt._scorer.catalogue
         supports = [
-            padded(_part(self.sets, first), catalogue)[0]
+            padded(_part(self.sets, first), catalogue)
             for first in range(0, min(len(self.users), 4 * _AT_ONCE), _AT_ONCE)
         ]
 

@@ -25,6 +25,7 @@ def _shell(folder: Path, variables: Mapping[str, str]) -> Iterator[Shell]:
     shell = Shell(folder, {**outer_environment(), "COLUMNS": "1000", **variables})
     yield shell
     shell.close()
+    shell.show_errors()  # beside the test's own failure
 
 
 @pytest.fixture

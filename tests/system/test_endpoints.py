@@ -1,12 +1,14 @@
 """What the processes show on their ports, against what the broker and the database say."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from confluent_kafka import TopicPartition
 from shell import Shell
 
 from innerloop.config import KafkaSettings, Settings
+from innerloop.errors import ServiceError
 from innerloop.streams import clients
 from innerloop.streams.event_producer import EventProducer
 from innerloop.streams.groups import members_with_partitions
 from innerloop.streams.lag import group_lag
 from innerloop.streams.topics import ensure_topics
 from innerloop.worker.servers.kafka import KafkaServer
-from innerloop.worker.servers.watched_process import free_ports
+from innerloop.worker.servers.watched_process import free_ports, require_free
 
 Wait = Callable[..., None]
 EVENT = '{{"event_id":"e{0}","event_type":"click","user_id":"u{1}","item_id":"i","event_time":1750000000000}}'
@@ -57,17 +60,21 @@ def send(settings: Settings, first: int, count: int) -> None:
 
 
 def pair_of_ports() -> int:
-    """A free port whose next one is free too, as two members of a pool take them."""
+    """A free port whose next one is free too, as two members of a pool take them.
+
+    From below those that the system gives to connections: one of these is often taken, and for a minute after its end.
+    """
     while True:
-        (port,) = free_ports(1)
-        if get(port + 1, "/livez") == (0, ""):
+        port = random.randrange(20_000, 32_000)
+        with suppress(ServiceError):
+            require_free("A pool", [port, port + 1])
             return port
 
 
 def test_a_stuck_loop_turns_red_tells_its_stacks_and_recovers(shell: Shell, settings: Settings, wait_for: Wait) -> None:
     ensure_topics(settings)
     (port,) = free_ports(1)
-    ingest = shell.start("ingest", INNERLOOP_HTTP__PORT=str(port), INNERLOOP_HTTP__STUCK_AFTER_SECONDS="2")
+    ingest = shell.start("ingest", INNERLOOP_HTTP__PORT=str(port), INNERLOOP_HTTP__STUCK_AFTER_SECONDS="8")
     wait_for(lambda: get(port, "/readyz")[0] == 200)
     send(settings, 0, 100)
     wait_for(lambda: sample(get(port, "/metrics")[1], "innerloop_events_total", outcome="stored") == 100)
@@ -151,7 +158,7 @@ def test_a_pool_ends_and_starts_again_a_member_whose_loop_is_stuck(
 ) -> None:
     ensure_topics(settings)
     port = pair_of_ports()
-    variables = {"INNERLOOP_HTTP__PORT": str(port), "INNERLOOP_HTTP__STUCK_AFTER_SECONDS": "3"}
+    variables = {"INNERLOOP_HTTP__PORT": str(port), "INNERLOOP_HTTP__STUCK_AFTER_SECONDS": "8"}
     pool = shell.start("ingest", "--processes", "2", **variables)
     for member in (port, port + 1):
         wait_for(lambda member=member: get(member, "/readyz")[0] == 200, 90)

@@ -45,7 +45,8 @@ class Prometheus:
 
     def data(self, query: str) -> list[Any]:
         """What a query returns, without what is not a number."""
-        return [each for each in self.ask("query", query=query)["result"] if each["value"][1] != "NaN"]
+        found = self.ask("query", query=query) or {"result": []}
+        return [each for each in found["result"] if each["value"][1] != "NaN"]
 
     def firing(self) -> set[tuple[str, str]]:
         """Alert and group (or job) of all that fire."""

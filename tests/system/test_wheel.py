@@ -70,7 +70,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {name: value for name, value in outer_environment().items() if not name.startswith("PYTHON")}
     return subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
 
 
