@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from numpy.testing import assert_allclose
 from scipy.sparse import csr_matrix
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation.cold_start import protocol as cold_start
-from innerloop.evaluation.cold_start.baselines import PopularityInCategory
+from innerloop.evaluation.cold_start.baselines import Biases, PopularityInCategory
 from innerloop.evaluation.cold_start.episodes import Episodes, draw_episodes
+from innerloop.evaluation.cold_start.histories import Histories, WithHistory
 from innerloop.evaluation.cold_start.ratings import read_rating_data
 from innerloop.evaluation.cold_start.validation import Chosen, choose, contents_of, item_categories, learn_arms, split
 from innerloop.evaluation.outcome import Outcome
@@ -241,6 +243,87 @@ def test_test_users_with_too_few_ratings_are_refused_in_a_sentence_before_anythi
     few = {name: table.head(8) if name.endswith("_testing") else table for name, table in world().items()}
     with pytest.raises(SettingsError, match="more than ten ratings"):
         cold_start.run(write(tmp_path / "short", few), seed=0, tell=quiet, steps=1)
+
+
+def test_a_longer_scale_changes_nothing_but_the_unit(outcome: Outcome, tmp_path: Path) -> None:
+    """The model and the baselines' ridges were right for five stars alone. Of powers of two all bits are the same."""
+    longer = {
+        name: table.with_columns(rating=pl.col("rating") * 16) if "rating" in table.columns else table
+        for name, table in world().items()
+    }
+    again = cold_start.run(write(tmp_path / "longer", longer), seed=0, tell=quiet, steps=STEPS)
+    for arm, metrics in outcome.means.items():
+        for metric in metrics.keys() & {"mae", "mae-of-mean", "ndcg@3"}:
+            factor = 1 if metric == "ndcg@3" else 16
+            assert_allclose(again.means[arm][metric], factor * metrics[metric], rtol=1e-12, err_msg=f"{arm}, {metric}")
+    assert not [metric for metric in again.means["default"] if metric.startswith("ndcg-exp")]
+    assert "ndcg-exp" in again.facts["left out"]  # type: ignore[operator]
+
+
+def test_dislikes_below_zero_are_no_negative_gains(tmp_path: Path) -> None:
+    below = {
+        name: table.with_columns(rating=pl.col("rating") - 5) if "rating" in table.columns else table
+        for name, table in world().items()
+    }
+    found = cold_start.run(write(tmp_path / "below", below), seed=0, tell=quiet, steps=1)
+    for arm in ("default", "biased-mf", "popularity"):
+        values = found.means[arm]["ndcg@5"]
+        assert (values >= 0).all()
+        assert (values <= 1 + 1e-12).all()
+        assert values.mean() > 0.3
+
+
+def test_ratings_that_are_all_the_same_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    same = {
+        name: table.with_columns(rating=pl.lit(4)) if name == "meta_training" else table
+        for name, table in world().items()
+    }
+    with pytest.raises(SettingsError, match="no two different ratings"):
+        cold_start.run(write(tmp_path / "same", same), seed=0, tell=quiet, steps=1)
+
+
+def test_what_is_asked_is_not_told_in_training(tmp_path: Path) -> None:
+    tables = world()
+    some = tables["user_cold_testing"].sample(fraction=0.6, seed=1)
+    told = tables | {"meta_training": pl.concat([tables["meta_training"], some])}
+    found, clean = (read_rating_data(write(tmp_path / n, t)) for n, t in (("told", told), ("clean", tables)))
+    assert (found.repeated, clean.repeated) == (some.height, 0)
+    for column in ("users", "items", "values"):
+        assert np.array_equal(getattr(found.training, column), getattr(clean.training, column))
+
+
+def test_without_users_of_thirteen_to_a_hundred_ratings_the_table_is_of_those_there_are(tmp_path: Path) -> None:
+    tables = world()
+    few = pl.col("item_id").cum_count().over("user_id") <= 12
+    short = {name: table.filter(few) if name.endswith("_testing") else table for name, table in tables.items()}
+    found = cold_start.run(write(tmp_path / "short", short), seed=0, tell=quiet, steps=1)
+    assert found.slices["all"].any()
+    assert "11 to 12 ratings" in str(found.facts["all"])
+
+
+def test_baselines_know_a_known_users_training_ratings(data: Path, outcome: Outcome) -> None:
+    """What `default` is told, they are told as well: at k=0 too, and to users without any it changes nothing."""
+    for arm in ("user-mean", "item-user-bias", "biased-mf"):
+        known, new = (figure(outcome, arm, "mae-of-mean", f"{of}_cold k=0") for of in ("item", "user_and_item"))
+        assert known < 0.93 * new, arm
+    found = read_rating_data(data)
+    histories = Histories.of(found.training)
+    plain = Biases.learn(found.training, len(found.item_ids), item_ridge=2.0, user_ridge=4.0)
+    asked = draw_episodes(found.tests["item_cold"], seed=0)
+    shots = np.arange(len(asked.users)) % 4
+    informed = WithHistory(plain, histories).predict(asked, shots).mean
+    for row in (0, 1, 7, len(asked.users) - 1):
+        mine = found.training.where(found.training.users == asked.users[row])
+        examples = slice(10, 10 + min(int(shots[row]), int(asked.support[row])))
+        items = np.concatenate([mine.items, asked.items[row, examples]])
+        left = np.concatenate([mine.values, asked.values[row, examples]]) - plain.mean - plain.items[items]
+        expected = plain.mean + plain.items[asked.items[row, :10]] + left.sum() / (len(left) + 4.0)
+        assert_allclose(informed[row], expected)
+    strangers = draw_episodes(found.tests["user_cold"], seed=0)
+    one, other = (
+        arm.predict(strangers, np.full(len(strangers.users), 3)) for arm in (plain, WithHistory(plain, histories))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_half_stars_and_files_without_content_work(tmp_path: Path) -> None:

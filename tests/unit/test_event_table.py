@@ -7,7 +7,7 @@ import pytest
 
 from innerloop.errors import SettingsError
 from innerloop.evaluation.conversion.log import read_log
-from innerloop.evaluation.event_table import read_actions, read_events
+from innerloop.evaluation.event_table import event_times, read_actions, read_events, spanned
 from innerloop.evaluation.item_table import read_items
 from innerloop.evaluation.stream.log import read_table
 
@@ -56,6 +56,20 @@ def test_the_three_formats_give_the_same_table(tmp_path: Path, suffix: str) -> N
 def test_times_of_every_kind_become_milliseconds(tmp_path: Path, name: str, value: object) -> None:
     frame = pl.DataFrame({"user_id": ["u"], "item_id": ["i"], name: [value]})
     assert read_events(_written(tmp_path, "e.parquet", frame))["event_time"].to_list() == [MOMENT]
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Float64, pl.String])
+def test_days_written_as_numbers_are_days(tmp_path: Path, kind: pl.DataType) -> None:
+    """As seconds they would all be of one day of 1970, a month a hundred seconds apart."""
+    days = pl.Series([20171231, None, 20180101]).cast(kind)
+    times = event_times(days, tmp_path)
+    assert times.to_list() == [1_514_678_400_000, None, 1_514_764_800_000]
+    assert spanned(times.drop_nulls().to_numpy()) == "2017-12-31T00:00:00Z to 2018-01-01T00:00:00Z"
+
+
+def test_numbers_that_are_not_all_days_are_none(tmp_path: Path) -> None:
+    for numbers in ([20171231, 20171232], [20171231, 20171231.5], [20171231, 1_514_678_400]):
+        assert event_times(pl.Series(numbers, strict=False), tmp_path).to_list() == [round(1000 * n) for n in numbers]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.console import Console
 from scipy.stats import bootstrap
 
 from innerloop.evaluation.conversion.statistics import CalibrationError
-from innerloop.evaluation.metrics import auc
+from innerloop.evaluation.metrics import auc, predicted_over_observed
 from innerloop.evaluation.outcome import Outcome
 from innerloop.evaluation.report import Report, _figures
 from innerloop.evaluation.scoreboard import Row, rows
@@ -196,10 +197,45 @@ def test_a_pooled_statistic_is_of_the_moments_an_arm_was_asked_at_and_a_differen
 
 
 def test_a_draw_without_anybody_who_was_asked_has_no_figure() -> None:
-    users, values = np.arange(3), np.array([0.5, np.nan, np.nan])
+    users, values = np.arange(4), np.array([0.5, 0.5, np.nan, np.nan])
     weighted = {"mean": lambda _y, p, w: float(w @ p / w.sum())}
-    row = found(Outcome(users, frozenset(), labels=np.ones(3), predictions={"a": values}, pooled=weighted))
+    row = found(Outcome(users, frozenset(), labels=np.ones(4), predictions={"a": values}, pooled=weighted))
     assert [row["a", "mean", "all"].low, row["a", "mean", "all"].high] == [0.5, 0.5]
+
+
+def test_of_one_user_there_is_a_figure_and_no_interval(tmp_path: Path) -> None:
+    """Whether its moments are all alike or not: nothing is known of other users."""
+    users, means = np.array([3, 3, 5]), {"a": {"hit": np.array([0.0, 1.0, 1.0])}, "none": {"hit": np.zeros(3)}}
+    slices, predictions = {"one": users == 3}, {"a": np.array([0.2, 0.9, 0.8])}
+    labels = np.array([0.0, 1.0, 0.0])
+    given = Outcome(users, frozenset(), means, slices, labels, predictions, {"auc": auc})
+    table = found(given)
+    for arm, metric, value in (("a", "hit", 0.5), ("a - none", "hit", 0.5), ("a", "auc", 1.0)):
+        row = table[arm, metric, "one"]
+        assert row.value == value
+        assert np.isnan([row.low, row.high]).all()
+    assert table["a", "hit", "all"].low < table["a", "hit", "all"].high
+    Report("p", "d", "", 1.0, list(table.values()), {}).write(tmp_path)
+    read = {(r["arm"], r["metric"], r["slice"]): r for r in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert read["a", "hit", "one"]["low"] is None
+    assert "0.5000 [one user]" in (tmp_path / "report.html").read_text()
+
+
+def test_a_metric_that_is_best_at_one_has_no_differences() -> None:
+    predictions, labels = {"default": np.full(4, 0.4), "weak": np.full(4, 0.9)}, np.array([0.0, 1.0, 0.0, 1.0])
+    ratio = {"predicted/observed": predicted_over_observed, "auc": auc}
+    given = Outcome(np.arange(4), frozenset({"weak"}), labels=labels, predictions=predictions, pooled=ratio)
+    assert ("default - weak", "predicted/observed", "all") in found(given)
+    table = found(replace(given, undirected=frozenset({"predicted/observed"})))
+    assert [key for key in table if " - " in key[0]] == [("default - weak", "auc", "all")]
+    assert ("default", "predicted/observed", "all") in table
+
+
+def test_what_is_not_finite_was_not_asked() -> None:
+    values = np.array([1.0, np.inf, 3.0, -np.inf, np.nan])
+    row = found(Outcome(np.arange(5), frozenset(), {"a": {"m": values}}))["a", "m", "all"]
+    assert [row.value, row.n] == [2.0, 2]
+    assert np.isfinite([row.low, row.high]).all()
 
 
 def test_draws_without_a_positive_do_not_spoil_the_interval() -> None:

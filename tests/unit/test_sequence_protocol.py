@@ -254,6 +254,19 @@ def test_neighbours_and_factors_find_the_group_that_a_history_belongs_to() -> No
         assert scores[1, 10:].mean() > scores[1, :10].mean() + 1e-3
 
 
+def test_an_item_that_many_come_back_to_is_not_taken_for_one_that_everybody_has() -> None:
+    train = sequences([0, 1, 0, 1, 0], [0, 1, 0, 1, 0], [0, 2], [3, 4], catalogue=5)
+    scores = VSknn.learn(train).scores(sequences([1], catalogue=5))[0]
+    assert scores[0] > 0
+    assert scores[0] > scores[2:].max()
+
+
+def test_a_single_user_has_no_placebo(tmp_path: Path) -> None:
+    found = run(written(shop(), tmp_path / "x.parquet"), seed=0, tell=silent, options=replace(QUICK, users=1))
+    assert "placebo" not in found.means
+    assert found.facts["left out"]["placebo"] == "there is no other user"  # type: ignore[index]
+
+
 def test_popularity_ignores_and_recents_are_the_history() -> None:
     train = sequences([1, 1, 2], [1, 3])
     scores = Popularity.learn(train).scores(sequences([5], []))

@@ -305,7 +305,10 @@ def test_lists_of_a_fixed_size_and_numbers_with_gaps_are_the_same_lists(tmp_path
 def test_a_place_without_an_item_and_odd_prices_are_no_error(tmp_path: Path) -> None:
     table = _log()
     gaps = [None if some is None else [*some[:3], None, *some[3:]] for some in table["impressions"].to_list()]
-    odd = [None if some is None else [0.0, -1.0, 0.2, None, float("nan"), 1e12] for some in table["prices"].to_list()]
+    odd = [
+        None if some is None else [0.0, -1.0, float("inf"), None, float("nan"), 1e12]
+        for some in table["prices"].to_list()
+    ]
     table = table.with_columns(pl.Series("impressions", gaps), pl.Series("prices", odd, dtype=pl.List(pl.Float64)))
     table.write_parquet(tmp_path / "gaps.parquet")
     found = slate.run(tmp_path / "gaps.parquet", seed=0, tell=_tell)
@@ -381,8 +384,12 @@ def test_popularity_of_the_hour_forgets_what_is_older() -> None:
     assert population.last_hour([1, 2, 3], 9_000_000).tolist() == [0, 0, 0]
 
 
-def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path) -> None:
-    """Every session looks at an item and then chooses the one after it."""
+@pytest.mark.parametrize("apart", [1_000, 0])
+def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path, apart: int) -> None:
+    """Every session looks at an item and then chooses the one after it; also where only the steps say which was first.
+
+    Not so long ago these arms saw no earlier step of the same time, which all others do.
+    """
     rng = np.random.default_rng(0)
     found = []
     for session in range(200):
@@ -391,8 +398,8 @@ def test_the_streams_scorers_find_what_always_goes_together(tmp_path: Path) -> N
         common = {"user_id": session % 50, "session_id": session, "action_type": "look"}
         time = _START + session * 600_000
         found += [
-            common | {"ts_ms": time, "item_id": looked},
-            common | {"ts_ms": time + 1_000, "item_id": (looked + 1) % 20, "impressions": shown},
+            common | {"ts_ms": time, "step": 1, "item_id": looked},
+            common | {"ts_ms": time + apart, "step": 2, "item_id": (looked + 1) % 20, "impressions": shown},
         ]
     pl.DataFrame(found, infer_schema_length=None).write_parquet(tmp_path / "pairs.parquet")
     outcome = slate.run(tmp_path / "pairs.parquet", seed=0, tell=_tell)

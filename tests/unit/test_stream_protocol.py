@@ -495,6 +495,13 @@ def test_a_warm_up_that_the_data_has_not_is_refused() -> None:
     assert stream_module._warm_up(log, options_of(None, warm_up=999)) == 999
 
 
+def test_events_of_the_same_time_as_the_first_judged_are_none_to_train_on() -> None:
+    log = stream_of(_history(1_000).with_columns(event_time=pl.lit(1_750_000_000_000, pl.Int64)))
+    with pytest.raises(SettingsError, match=r"^Of 1000 events 0 are earlier than the first that is judged"):
+        stream_module._enough(600, log)
+    assert stream_module._enough(600, stream_of(_history(1_000))) == 600
+
+
 def test_a_presets_warm_up_that_most_of_the_data_would_go_into_is_the_usual_share() -> None:
     """Else of data just above it nothing but the last moments would be scored."""
     log = stream_of(_history(1_000))

@@ -15,7 +15,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from innerloop.errors import SettingsError
 from innerloop.events import IMPRESSION
@@ -50,6 +52,7 @@ _SYNONYMS = {name: kind for kind, names in _TYPES.items() for name in names}
 # Epoch numbers by size: seconds until the year 5138, then milliseconds, microseconds, nanoseconds.
 _SECONDS, _MILLISECONDS, _MICROSECONDS = 1e11, 1e14, 1e17
 _BEYOND = 2.0**63
+_DAYS = 19_000_101, 21_001_231
 _INFERRED = 10_000  # rows that say a column's type; where they don't hold for the others, all rows are asked
 
 
@@ -234,7 +237,7 @@ def are_whole(numbers: pl.Series) -> bool:
 
 
 def event_times(column: pl.Series, path: Path) -> pl.Series:
-    """Epoch milliseconds from numbers (unit by size), dates, RFC 3339 text or numbers as text.
+    """Epoch milliseconds from numbers (unit by size, or days as 20261231), dates, RFC 3339 text or numbers as text.
 
     Null where the number is NaN, infinite or beyond 64 bits. Raises SettingsError for anything else.
     """
@@ -249,11 +252,27 @@ def event_times(column: pl.Series, path: Path) -> pl.Series:
         raise SettingsError(f"{path} has times of type {column.dtype}: give epoch numbers or RFC 3339 text.")
     usable = column.cast(pl.Float64).abs() < _BEYOND  # which NaN is not, either
     column = pl.select(pl.when(usable).then(column).alias(column.name)).to_series()
+    if (days := _days(column)) is not None:
+        return days
     largest = float(column.abs().max() or 0)  # type: ignore[arg-type]
     if largest < _SECONDS:
         return (column.cast(pl.Float64) * 1000).round().cast(pl.Int64)
     divisor = 1 if largest < _MILLISECONDS else 1_000 if largest < _MICROSECONDS else 1_000_000
     return column.cast(pl.Int64) // divisor
+
+
+def _days(numbers: pl.Series) -> pl.Series | None:
+    """The starts of days that are written as 20261231; None where a number is no such day: as seconds, it's of 1970."""
+    if not numbers.drop_nulls().is_between(*_DAYS).all() or not are_whole(numbers):
+        return None
+    days = numbers.cast(pl.Int64).cast(pl.String).str.to_date("%Y%m%d", strict=False)
+    return None if days.null_count() > numbers.null_count() else days.cast(pl.Datetime("ms")).cast(pl.Int64)
+
+
+def spanned(times: NDArray[np.int64]) -> str:
+    """From the first of some times (epoch ms) to the last: who reads that sees whether their unit was understood."""
+    first, last = (np.datetime_as_string(np.datetime64(int(at), "ms"), "s") for at in (times.min(), times.max()))
+    return f"{first}Z to {last}Z"
 
 
 def numbers_of(column: pl.Series) -> pl.Series | None:

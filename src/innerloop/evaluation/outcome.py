@@ -29,8 +29,9 @@ class Outcome:
     subsets; `all` is always there besides. `means[arm][metric]` is [N], NaN where the arm wasn't asked.
     `predictions[arm]` [N], NaN likewise, goes with `labels` [N] into each of the `pooled` statistics. `baselines` names
     the arms that are what shops run today, in contrast to ours and to the controls. Of the metrics in
-    `smaller_is_better` the least is best. `differences` names pairs of arms whose difference is told besides the usual
-    ones. `facts` (what was trained on, settings found, seconds by arm) goes into the report as it is.
+    `smaller_is_better` the least is best, and of those in `undirected` neither: they have no differences. `differences`
+    names pairs of arms whose difference is told besides the usual ones. `facts` (what was trained on, settings found,
+    seconds by arm) goes into the report as it is.
     """
 
     users: Ints
@@ -41,6 +42,7 @@ class Outcome:
     predictions: Mapping[str, Floats] = field(default_factory=dict)
     pooled: Mapping[str, Statistic] = field(default_factory=dict)
     smaller_is_better: frozenset[str] = frozenset()
+    undirected: frozenset[str] = frozenset()
     differences: Sequence[tuple[str, str]] = ()
     release: str = ""
     facts: Mapping[str, object] = field(default_factory=dict)

@@ -155,8 +155,8 @@ def _figure(rows: Sequence[Row], title: str) -> go.Figure:
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [row.high - row.value for row in mine],
-                "arrayminus": [row.value - row.low for row in mine],
+                "array": [_plain(row.high - row.value) for row in mine],
+                "arrayminus": [_plain(row.value - row.low) for row in mine],
             },
         )
     figure.update_layout(title=title, height=480, margin={"t": 50, "l": 50, "r": 10}, colorway=qualitative.Dark24)
@@ -172,6 +172,8 @@ def _drawn(figure: go.Figure, *, first: bool) -> str:
 
 def _cell(row: Row) -> str:
     sign = "+" if " - " in row.arm else ""
+    if math.isnan(row.low):
+        return f"{_value(row)} [one user]"
     return f"{_value(row)} [{row.low:{sign}.4f}, {row.high:{sign}.4f}]"
 
 

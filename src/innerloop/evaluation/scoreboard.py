@@ -18,7 +18,10 @@ _CONTROLS = frozenset({"none", "placebo"})
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: its 95% interval from `low` to `high`, and the number `n` of moments it is of."""
+    """One figure: its 95% interval from `low` to `high`, and the number `n` of moments it is of.
+
+    Of a single user's moments there is no interval, as nothing is known of other users: both are NaN.
+    """
 
     arm: str
     metric: str
@@ -34,9 +37,9 @@ def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
 
     The slice `all` is every moment, unless the outcome has a slice of that name. A difference's arm is written
     `default - none`. There is one to `none` for each arm that is no baseline, one to the best baseline for each of
-    those but the controls, and those that the outcome names; the best baseline is the one best in that metric and
-    slice. A difference is of the moments at which both arms were asked. A figure that does not exist in a slice, such
-    as an AUC without a positive, has no row.
+    those but the controls, and those that the outcome names, all in metrics that have a better and a worse; the best
+    baseline is the one best in that metric and slice. A difference is of the moments at which both arms were asked. A
+    figure that does not exist in a slice, such as an AUC without a positive, has no row.
     """
     everything = {"all": np.ones(len(outcome.users), bool), **outcome.slices}
     found: list[Row] = []
@@ -50,10 +53,11 @@ def rows(outcome: Outcome, *, draws: int = 500, seed: int = 0) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Figure:
-    """`draws[0]` is of the moments as they are, the others of the bootstrap's."""
+    """`draws[0]` is of the moments as they are, the others of the bootstrap's; `n` moments are of `users` users."""
 
     draws: Floats
     n: int
+    users: int
 
     @property
     def value(self) -> float:
@@ -81,13 +85,14 @@ def _differences(outcome: Outcome, chosen: Bools, figures: _Figures, draws: int,
                 continue
             of = _pooled(_only(outcome, (arm, other), metric, asked & also), chosen, draws, seed)
         if (arm, metric) in of:
-            found[key] = _Figure(of[arm, metric].draws - of[other, metric].draws, of[arm, metric].n)
+            mine = of[arm, metric]
+            found[key] = replace(mine, draws=mine.draws - of[other, metric].draws)
     return found | _of_values(outcome.users[chosen], apart, draws, seed)
 
 
 def _asked(outcome: Outcome, arm: str, metric: str) -> Bools:
     """At which moments [N] an arm has what the metric is made of."""
-    return ~np.isnan(outcome.predictions[arm] if metric in outcome.pooled else outcome.means[arm][metric])
+    return np.isfinite(outcome.predictions[arm] if metric in outcome.pooled else outcome.means[arm][metric])
 
 
 def _only(outcome: Outcome, arms: Iterable[str], metric: str, moments: Bools) -> Outcome:
@@ -97,7 +102,7 @@ def _only(outcome: Outcome, arms: Iterable[str], metric: str, moments: Bools) ->
 
 
 def _pairs(outcome: Outcome, figures: _Figures) -> Iterator[tuple[str, str, str]]:
-    metrics = list(dict.fromkeys(metric for _, metric in figures))
+    metrics = [name for name in dict.fromkeys(metric for _, metric in figures) if name not in outcome.undirected]
     best = {metric: _best_baseline(outcome, metric, figures) for metric in metrics}
     for arm in outcome.arms:
         others = [] if arm in outcome.baselines | {"none"} else ["none"]
@@ -121,7 +126,9 @@ def _row(arm: str, metric: str, name: str, figure: _Figure) -> Row:
 
     The interval holds the figure itself: of a calibration error, which drawing users again makes larger, it may not.
     """
-    known = figure.draws[1:][~np.isnan(figure.draws[1:])]
+    known = figure.draws[1:][np.isfinite(figure.draws[1:])]
+    if figure.users == 1:
+        return Row(arm, metric, name, figure.value, np.nan, np.nan, figure.n)
     low, high = np.quantile(known, [0.025, 0.975]).tolist() if len(known) else (figure.value, figure.value)
     return Row(arm, metric, name, figure.value, min(low, figure.value), max(high, figure.value), figure.n)
 
@@ -136,16 +143,19 @@ def _of_values(owners: Ints, values: Mapping[tuple[str, str], Floats], draws: in
 
     A draw without any moment that was asked has no figure: NaN.
     """
-    asked = {key: there for key, value in values.items() if (there := ~np.isnan(value)).any()}
+    asked = {key: there for key, value in values.items() if (there := np.isfinite(value)).any()}
     if not asked:
         return {}
     users = np.unique(owners, return_inverse=True)[1]
-    sums = np.stack([_by_user(users, np.nan_to_num(values[key])) for key in asked], 1)
+    sums = np.stack([_by_user(users, np.where(there, values[key], 0.0)) for key, there in asked.items()], 1)
     counts = np.stack([_by_user(users, there.astype(float)) for there in asked.values()], 1)
     with np.errstate(invalid="ignore"):
         parts = [(weights @ sums) / (weights @ counts) for weights in _weights(len(sums), draws, seed)]
     results = np.concatenate(parts)  # [1 + draws, K]
-    return {key: _Figure(results[:, column], int(asked[key].sum())) for column, key in enumerate(asked)}
+    owned = (counts > 0).sum(0)
+    return {
+        key: _Figure(results[:, column], int(asked[key].sum()), int(owned[column])) for column, key in enumerate(asked)
+    }
 
 
 def _pooled(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:
@@ -156,14 +166,14 @@ def _pooled(outcome: Outcome, chosen: Bools, draws: int, seed: int) -> _Figures:
     count = int(users.max()) + 1
     figures: _Figures = {}
     for arm, predicted in outcome.predictions.items():
-        asked = ~np.isnan(predicted[chosen])
+        asked = np.isfinite(predicted[chosen])
         if not asked.any():
             continue
         owners, labels, mine = users[asked], outcome.labels[chosen][asked], predicted[chosen][asked]
         for metric, statistic in outcome.pooled.items():
             drawn = (weight[owners] for part in _weights(count, draws, seed) for weight in part)
             results = [statistic(labels, mine, weights) if weights.any() else np.nan for weights in drawn]
-            figures[arm, metric] = _Figure(np.array(results), len(labels))
+            figures[arm, metric] = _Figure(np.array(results), len(labels), len(np.unique(owners)))
     return figures
 
 

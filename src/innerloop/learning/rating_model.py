@@ -40,6 +40,10 @@ class Ratings:
     def where(self, chosen: Bools) -> "Ratings":
         return Ratings(self.users[chosen], self.items[chosen], self.values[chosen])
 
+    def over(self, unit: float) -> "Ratings":
+        """The same ratings divided by `unit`."""
+        return Ratings(self.users, self.items, self.values / unit)
+
 
 @dataclass
 class Factors:
@@ -142,6 +146,7 @@ def learn_ratings(
 ) -> RatingModel:
     """Learn from `ratings` (at least one); users and items without any get what their content says.
 
+    What EM starts from is right for ratings whose standard deviation is about 1: divide others by theirs.
     `tell` hears the share that is done, 0 to 1. The same seed gives the same model.
     """
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """Reading a folder of ratings: items, users, meta_training and one or more `*_testing` files, parquet or CSV."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -20,7 +20,8 @@ class RatingData:
     """Ratings of users and items by number: a number is the place in `user_ids` [U] or `item_ids` [M].
 
     Those are everyone that any file speaks of, sorted. `users` and `items` are the tables as read, with identifiers as
-    text; `tests` is by name, in order of the protocol.
+    text; `tests` is by name, in order of the protocol. `repeated` ratings of meta_training were in a test file, too,
+    and are left out: what is asked must not have been told.
     """
 
     user_ids: Sequence[str]
@@ -29,6 +30,12 @@ class RatingData:
     items: pl.DataFrame
     training: Ratings
     tests: dict[str, Ratings]
+    repeated: int = 0
+
+    def over(self, unit: float) -> "RatingData":
+        """The same with all ratings divided by `unit`."""
+        tests = {name: test.over(unit) for name, test in self.tests.items()}
+        return replace(self, training=self.training.over(unit), tests=tests)
 
 
 def read_rating_data(folder: Path, columns: Mapping[str, str] | None = None) -> RatingData:
@@ -39,9 +46,10 @@ def read_rating_data(folder: Path, columns: Mapping[str, str] | None = None) -> 
     columns = columns or {}
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder: name one with items, users, meta_training and *_testing files.")
-    training = _ratings(_only(folder, "meta_training"), columns, must=True)
+    whole = _ratings(_only(folder, "meta_training"), columns, must=True)
     users, items = _entities(folder, "users", "user_id", columns), _entities(folder, "items", "item_id", columns)
     tests = {name: _ratings(_only(folder, name + _TESTING), columns) for name in _test_names(folder)}
+    training = whole.join(pl.concat(tests.values()), on=["user_id", "item_id"], how="anti", maintain_order="left")
     tables = [training, *tests.values()]
     user_ids = _everyone("user_id", [users, *tables])
     item_ids = _everyone("item_id", [items, *tables])
@@ -52,6 +60,7 @@ def read_rating_data(folder: Path, columns: Mapping[str, str] | None = None) -> 
         items,
         _numbered(training, user_ids, item_ids),
         {name: _numbered(table, user_ids, item_ids) for name, table in tests.items()},
+        repeated=whole.height - training.height,
     )
 
 

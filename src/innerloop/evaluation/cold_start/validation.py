@@ -19,6 +19,7 @@ from innerloop.evaluation.cold_start.baselines import (
 from innerloop.evaluation.cold_start.decision import DecisionRule, Prediction
 from innerloop.evaluation.cold_start.episodes import Episodes, draw_episodes
 from innerloop.evaluation.cold_start.heads import HeadArm
+from innerloop.evaluation.cold_start.histories import Histories, WithHistory
 from innerloop.evaluation.cold_start.ratings import RatingData
 from innerloop.evaluation.outcome import Bools, Ints
 from innerloop.learning.content import Content, read_content
@@ -73,7 +74,7 @@ def choose(data: RatingData, recipe: Recipe, tell: Tell) -> Chosen:
     scores = _model_errors(models, validation)
     model = min(scores, key=scores.__getitem__)
     tell("choosing among settings of baselines", 0.4)
-    grid = learn_candidates(part, len(data.item_ids), seed)
+    grid = _informed(learn_candidates(part, len(data.item_ids), seed), part)
     errors = {name: [_error(arm, validation) for arm in arms] for name, arms in grid.items()}
     baselines = {name: int(np.argmin(values)) for name, values in errors.items()}
     arms = learn_heads(
@@ -96,13 +97,18 @@ def learn_arms(data: RatingData, chosen: Chosen, recipe: Recipe, tell: Tell) -> 
     )
     tell("learning the baselines", 0.8)
     count = len(data.item_ids)
-    grid = learn_candidates(data.training, count, recipe.seed, chosen.baselines)
+    grid = _informed(learn_candidates(data.training, count, recipe.seed, chosen.baselines), data.training)
     popularity: Arms = {"popularity": Popularity.learn(data.training, count)}
     if (categories := item_categories(data)) is not None:
-        popularity["popularity-in-category"] = PopularityInCategory(
-            Popularity.learn(data.training, count).counts, categories
-        )
+        in_category = PopularityInCategory(Popularity.learn(data.training, count).counts, categories)
+        popularity["popularity-in-category"] = WithHistory(in_category, Histories.of(data.training))
     return heads | {name: found[0] for name, found in grid.items()} | popularity
+
+
+def _informed(grid: Mapping[str, list[RatingArm]], ratings: Ratings) -> dict[str, list[RatingArm]]:
+    """The baselines learned from `ratings`, which know the users of these by them, as `default` does."""
+    histories = Histories.of(ratings)
+    return {name: [WithHistory(arm, histories) for arm in arms] for name, arms in grid.items()}
 
 
 def item_categories(data: RatingData) -> csr_matrix | None:
@@ -186,8 +192,8 @@ def _rule(arm: RatingArm, validation: list[_Validation]) -> DecisionRule:
 
 def _facts(scores: Mapping[ModelSettings, float], errors: Mapping[str, list[float]]) -> dict[str, object]:
     return {
-        "validation, squared error (factors, popularity, noise)": {
+        "validation, squared error in variances of the ratings (factors, popularity, noise)": {
             f"{at.factors}, {at.popularity}, {at.noise}": round(value, 5) for at, value in scores.items()
         },
-        "validation, squared error of baselines": {n: [round(v, 5) for v in values] for n, values in errors.items()},
+        "validation, the same of baselines": {n: [round(v, 5) for v in values] for n, values in errors.items()},
     }

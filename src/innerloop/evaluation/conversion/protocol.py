@@ -35,6 +35,7 @@ from innerloop.evaluation.conversion.heads import logits as head_logits
 from innerloop.evaluation.conversion.log import read_log
 from innerloop.evaluation.conversion.served import served
 from innerloop.evaluation.conversion.statistics import Auc, CalibrationError
+from innerloop.evaluation.event_table import spanned
 from innerloop.evaluation.metrics import log_loss, predicted_over_observed
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.learning.ads.ad_head import VARIANCES, AdHead, choose_variance
@@ -278,6 +279,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "predicted/observed": predicted_over_observed,
         },
         smaller_is_better=frozenset({"log-loss", "calibration-error"}),
+        undirected=frozenset({"predicted/observed"}),  # best at 1
         release="fitted on the training part",
         facts={
             "default": "as adapt publishes it, trained again every day"
@@ -288,6 +290,7 @@ def _outcome(case: _Case, fitted: _Fitted, predictions: Mapping[str, Floats], ow
             "clicks whose window the data ends in": int(
                 (log.times[case.at[judged]] + case.window > log.times[-1]).sum()
             ),
+            "times": spanned(log.times),
             "trained_on": len(case.train),
             "trained_on_sold": int(trained.sum()),
             "scored": len(labels),

@@ -173,9 +173,11 @@ class VSknn:
 
     @classmethod
     def learn(cls, train: Sequences) -> "VSknn":
-        rare = np.log(len(train) / np.maximum(train.counts, 1)).astype(np.float32)
+        owned = train.matrix()
+        owners = np.bincount(owned.indices, minlength=owned.shape[1])  # less than `counts`, where items come again
+        rare = np.log(len(train) / np.maximum(owners, 1)).astype(np.float32)
         lengths = np.maximum(train.lengths, 1).astype(np.float32)
-        owned = scipy.sparse.diags_array(lengths**-0.5) @ train.matrix() @ scipy.sparse.diags_array(rare)
+        owned = scipy.sparse.diags_array(lengths**-0.5) @ owned @ scipy.sparse.diags_array(rare)
         return cls(scipy.sparse.csr_matrix(owned))
 
     def scores(self, histories: Sequences) -> Scores:

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.config import LearningSettings
+from innerloop.evaluation.event_table import spanned
 from innerloop.evaluation.metrics import hit_rate, ndcg_of_one
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.sequence.baselines import Scorer
@@ -77,11 +78,12 @@ def run(
         "users with one item, not tested": len(sequences) - len(able),
         "users with more, drawn for the test": f"{len(users)} of {len(able)}",
         "items": sequences.catalogue,
+        "times": spanned(file.times) if file.clock else "none: positions",
         "seconds": course.seconds,
         "release": {"metrics": served.release.card.metrics, "settings": served.release.card.settings},
         "served by": served.scorer.method,
         "counted": _counted(file, ranks),
-        "left out": _left_out(file, course),
+        "left out": _left_out(file, course, len(users)),
     }
     return Outcome(
         users=users,
@@ -102,9 +104,11 @@ def _counted(file: SequenceFile, arms: Collection[str]) -> dict[str, str]:
     return found | {"a release's clock": "made up: a user's items five minutes apart, all histories ending together"}
 
 
-def _left_out(file: SequenceFile, course: Course) -> dict[str, str]:
+def _left_out(file: SequenceFile, course: Course, users: int) -> dict[str, str]:
     """Why each arm and baseline that other protocols have isn't in this table."""
     found = {} if file.clock else dict.fromkeys(_STALE, NO_CLOCK)
+    if users == 1:
+        found["placebo"] = "there is no other user"
     found |= reasons_against(file, own_items=course.repeats)
     if "recents" not in course.scorers:
         found["recents"] = NO_OWN_ITEMS
@@ -118,15 +122,12 @@ def _served(
 ) -> dict[str, Ints]:
     """The rank of each target on the lists that adapt publishes, by what it knows of the user.
 
-    `stale` is known of the same users a while before; `placebo` is the list of a user drawn at random.
+    `stale` is known of the same users a while before; `placebo` is the list of a user drawn at random, if there is
+    another.
     """
-    others = _other_users(len(targets), course.seed)
-    asked = {
-        "default": histories,
-        "none": histories.without_last(len(histories.items)),
-        "placebo": histories.take(others),
-        **stale,
-    }
+    asked = {"default": histories, "none": histories.without_last(len(histories.items)), **stale}
+    if len(targets) > 1:
+        asked["placebo"] = histories.take(_other_users(len(targets), course.seed))
     removed = None if course.repeats else histories
     return {arm: served.ranks(known, targets, longest=max(_CUTOFFS), removed=removed) for arm, known in asked.items()}
 
@@ -158,7 +159,7 @@ def _some(users: Ints, most: int, seed: int) -> Ints:
 
 
 def _other_users(count: int, seed: int) -> Ints:
-    """For each of the users another one, each serving once; a single user has nobody else."""
+    """For each of `count` > 1 users another one, each serving once."""
     circle = np.random.default_rng(seed).permutation(count)
     others = np.empty(count, np.int64)
     others[circle] = np.roll(circle, 1)

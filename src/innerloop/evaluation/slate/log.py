@@ -216,5 +216,5 @@ def _prices(table: pl.DataFrame, lists: Sequence[Ints]) -> list[Floats]:
 
 
 def _priced(given: Sequence[float | None] | None, count: int) -> Floats:
-    known = given is not None and len(given) == count
-    return np.array(given, np.float64) if known else np.full(count, np.nan)
+    prices = np.array(given, np.float64) if given is not None and len(given) == count else np.full(count, np.nan)
+    return np.where(np.isfinite(prices), prices, np.nan)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import spanned
 from innerloop.evaluation.metrics import pessimistic_ranks
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
 from innerloop.evaluation.slate.baselines import ARMS as STREAM_ARMS
@@ -301,6 +302,7 @@ def _outcome(log: SlateLog, course: _Course, facts: dict[str, object]) -> Outcom
             "default": "a conditional logit that is this protocol's own: adapt orders no lists that it is given",
             "scored": len(scored),
             "actions": len(log),
+            "times": spanned(log.times),
             "fits": learner.fits,
             "kinds": [log.action_names[kind] for kind in learner.layout.kinds],
             "positions with a weight": learner.layout.positions,

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.errors import SettingsError
+from innerloop.evaluation.event_table import spanned
 from innerloop.evaluation.item_table import read_items
 from innerloop.evaluation.metrics import hit_rate, reciprocal_rank
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
@@ -137,10 +138,12 @@ def run(
 
 def _enough(start: int, log: StreamLog) -> int:
     """The row from which on is judged. Raises SettingsError where too few come before it to train on."""
-    if start < LEAST_EVENTS:
+    # Not what shares the first one's time: releases are trained on what is strictly earlier.
+    earlier = int(np.searchsorted(log.times, log.times[start], "left")) if start < len(log) else start
+    if earlier < LEAST_EVENTS:
         raise SettingsError(
-            f"Of {len(log)} events {start} come before the first that is judged, and training needs {LEAST_EVENTS} or "
-            "more: give a longer file, earlier events with --history, or a longer --warm-up."
+            f"Of {len(log)} events {earlier} are earlier than the first that is judged, and training needs "
+            f"{LEAST_EVENTS} or more: give a longer file, earlier events with --history, or a longer --warm-up."
         )
     return start
 
@@ -189,6 +192,7 @@ def _outcome(
         facts={
             "options": asdict(options),
             "moments": len(rows),
+            "times": spanned(log.times),
             "trained once, before the first moment": ["bayes, anil, cavia, maml and reptile alone", "sasrec"],
             "trained again": {
                 "default, none, placebo, stale": f"every {options.train_every_hours:g} hours",
