@@ -20,6 +20,7 @@ from innerloop.evaluation.cold_start.baselines import RatingArm
 from innerloop.evaluation.cold_start.decision import DecisionRule, Prediction
 from innerloop.evaluation.cold_start.episodes import FEWEST, MOST, QUERIES, Episodes, draw_episodes, other_users
 from innerloop.evaluation.cold_start.ratings import read_rating_data
+from innerloop.evaluation.cold_start.scale import Scale
 from innerloop.evaluation.cold_start.validation import Chosen, choose, learn_arms
 from innerloop.evaluation.metrics import ndcg_of_rows
 from innerloop.evaluation.outcome import Bools, Floats, Ints, Outcome, Tell
@@ -29,27 +30,21 @@ from innerloop.learning.rating_model import Ratings
 _SEEDS = 5
 _SHOTS = (0, 1, 2, 3, 5, 10, 20, 50)
 _CUTOFFS = (1, 3, 5)
-_MOST_EXPONENT = 50
 _CHOOSING, _LEARNING = 0.45, 0.6  # shares of the whole time, for the progress bar
 
 
 def run(data: Path, *, seed: int, tell: Tell, steps: int = 200, columns: Mapping[str, str] | None = None) -> Outcome:
     """Measure every arm on the folder `data`; one moment is one user's ten query ratings under one seed.
 
-    Slices: `all` is every test file under the main protocol (users with 13 to 100 ratings, or all of them where there
-    is no such one; all examples but the ten);
-    `<file>` is that of one file, `<file> k=<k>` the same file's shot curve (every user with more than ten ratings, no
-    more than k examples). `steps` are those of the heads that are meta-trained by gradient descent. `columns` as for
-    `event_table.read_events`.
-    Raises SettingsError when the folder is not as it must be, no user of a test file has more than ten
-    ratings, or all ratings to learn from are the same.
+    Slices: `all` is every test file under the main protocol (users with 13 to 100 ratings, or with more than ten where
+    there is no such one; all examples but the ten); `<file>` is that of one file, `<file> k=<k>` the same file's shot
+    curve (every user with more than ten ratings, no more than k examples). `steps` are those of the heads that are
+    meta-trained by gradient descent. `columns` as for `event_table.read_events`.
+    Raises SettingsError when the folder is not as it must be, no user of a test file has more than ten ratings, or all
+    ratings to learn from are the same.
     """
     given = read_rating_data(data, columns)
-    if len(np.unique(given.training.values)) < 2:  # noqa: PLR2004 - one is no scale
-        raise SettingsError(
-            "meta_training has no two different ratings that no test file has: there is nothing to learn."
-        )
-    scale = _Scale.of(given.training.values)
+    scale = Scale.of(given)
     ratings = given.over(scale.unit)
     if not any(_asks(test) for test in ratings.tests.values()):
         raise SettingsError("No test file has a user with more than ten ratings: give some more of their ratings.")
@@ -95,30 +90,6 @@ class _Limits:
         return f"{self.fewest} to {self.most} ratings"
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Arms see ratings divided by `unit`, their standard deviation; `least` and `most` are those of training."""
-
-    unit: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Floats) -> "_Scale":
-        return cls(float(values.std()), float(values.min()), float(values.max()))
-
-    def gains(self, ratings: Floats) -> dict[str, Floats]:
-        """By metric, what the nDCG takes each of the `ratings` to be worth, at least 0."""
-        gain = np.maximum(ratings - min(self.least, 0.0), 0.0)
-        kinds = {"ndcg": gain}
-        return kinds | {"ndcg-exp": np.exp2(gain) - 1.0} if self.exponential else kinds
-
-    @property
-    def exponential(self) -> bool:
-        """Whether sums of 2^rating can be told apart: a double has 53 bits."""
-        return self.most - min(self.least, 0.0) < _MOST_EXPONENT
-
-
 def _size(ratings: Ratings) -> dict[str, int]:
     found = {"ratings": len(ratings.users)}
     return found | {"users": len(np.unique(ratings.users)), "items": len(np.unique(ratings.items))}
@@ -153,7 +124,7 @@ def _parts(test: Ratings, name: str, main: _Limits, seed: int) -> Iterator[_Part
 class _Table:
     """The moments as they come: whose, in which slice, and every arm's metrics."""
 
-    def __init__(self, scale: _Scale) -> None:
+    def __init__(self, scale: Scale) -> None:
         self._scale = scale
         self._users: list[Ints] = []
         self._slices: list[str] = []
@@ -204,7 +175,7 @@ def _placebo(part: _Part, arm: RatingArm) -> Prediction:
     return predicted._replace(mean=np.where(alone[:, None], np.nan, predicted.mean))
 
 
-def _metrics(asked: Floats, predicted: Prediction, rule: DecisionRule | None, scale: _Scale) -> dict[str, Floats]:
+def _metrics(asked: Floats, predicted: Prediction, rule: DecisionRule | None, scale: Scale) -> dict[str, Floats]:
     """By user, [E]: errors where there is a rule, nDCG of the ten by the predicted mean; both of ratings as given."""
     mean = predicted.mean
     found: dict[str, Floats] = {}
@@ -218,7 +189,7 @@ def _metrics(asked: Floats, predicted: Prediction, rule: DecisionRule | None, sc
     return found
 
 
-def _facts(chosen: Chosen, seconds: Mapping[str, float], scale: _Scale) -> dict[str, object]:
+def _facts(chosen: Chosen, seconds: Mapping[str, float], scale: Scale) -> dict[str, object]:
     from_least = " - the least of the scale" if scale.least < 0 else ""
     exponential = {} if scale.exponential else {"ndcg-exp": "2^rating of so long a scale is the best one's alone"}
     return {
