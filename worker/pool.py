@@ -25,7 +25,7 @@ import structlog
 _LOG = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.1
 _STOP_SECONDS = 10.0
-_SETTLED_SECONDS = 30.0
+_SETTLED_SECONDS = 60.0
 _MAX_BACKOFF_SECONDS = 30.0
 _ASK_SECONDS = 5.0
 _ANSWER_SECONDS = 1.0

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import polars as pl
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from innerloop.config import Settings
-from innerloop.errors import SettingsError
+from innerloop.errors import ServiceError, SettingsError
 from innerloop.evaluation.event_table import read_events
 from innerloop.evaluation.item_table import read_items
 from innerloop.events import IMPRESSION, MAX_IDENTIFIER_BYTES
@@ -151,12 +152,21 @@ def train_release(
     """Train, save, register and announce the next release; the release and its card's path.
 
     A training that was stopped goes on from the directory `checkpoint`, which is emptied once the release is there.
+    Raises ServiceError when another training was done meanwhile: its release stays as it is.
     """
     with transaction(engine) as connection:
         version = releases.next_version(connection)
     release = _trained(settings, events, version, checkpoint, items)
-    location = save(release, settings.learning.releases_dir.absolute())
-    register(settings, engine, release, location)
+    with transaction(engine) as connection:
+        releases.registering(connection)
+        if releases.next_version(connection) != version:
+            raise ServiceError(
+                f"Another training has registered release {version} meanwhile, so that this one was not saved: train "
+                "again, one at a time."
+            )
+        location = save(release, settings.learning.releases_dir.absolute())
+        releases.register(connection, version, _card(location), str(location))
+    _announce(settings, _card(location), location)
     if checkpoint is not None:
         forget_checkpoint(checkpoint)
     return release, location
@@ -193,9 +203,17 @@ def _trained(
 
 def register(settings: Settings, engine: Database, release: Release, location: Path) -> None:
     """A row in the database, which adapt reads, and a record on the release topic for everyone else."""
-    card = msgspec.json.decode(location.read_bytes())
     with transaction(engine) as connection:
-        releases.register(connection, release.version, card, str(location))
+        releases.register(connection, release.version, _card(location), str(location))
+    _announce(settings, _card(location), location)
+
+
+def _card(location: Path) -> dict[str, Any]:
+    card: dict[str, Any] = msgspec.json.decode(location.read_bytes())
+    return card
+
+
+def _announce(settings: Settings, card: Mapping[str, Any], location: Path) -> None:
     publisher = Publisher(settings.kafka)
     record = msgspec.json.encode({**card, "model": "recommendations", "location": str(location)})
     publisher.send(settings.topics.releases, "recommendations", record)

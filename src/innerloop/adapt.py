@@ -253,7 +253,7 @@ class Adapt:
         share, adapted, sent = self._settings.quality.hold_out, 0, 0
         for asked, stored in self._read_ahead(list(partitions)):
             self._bury({*erased} & {*asked} | {*asked} - {*stored.users}, partitions)
-            self._know(stored.sets)
+            self._know_items_of(stored.sets)
             held = [in_hold_out(user, share) for user in stored.users]
             scored = self._score(stored.sets, held, stored.shown)
             sent += self._publish(stored, scored, partitions, spans=spans)
@@ -288,13 +288,18 @@ class Adapt:
         with_nobody = SupportSets(np.append(sets.starts, sets.starts[-1]), sets.examples)
         return gather(with_nobody, np.array([rows.get(user, len(found)) for user in users], np.int64))
 
-    def _know(self, sets: SupportSets) -> None:
-        """Take items into the catalogue that it lacks."""
-        catalogue = self._scorer.catalogue
-        unknown = np.unique(sets.examples["item"][catalogue.places(sets.examples["item"]) < 0])
-        if len(unknown):
+    def _know_items_of(self, sets: SupportSets) -> None:
+        numbers = sets.examples["item"]
+        if (self._scorer.catalogue.places(numbers) < 0).any():
             with metrics.STEP_SECONDS.labels("read").time(), transaction(self._engine) as connection:
-                catalogue.add(items.items_numbered(connection, unknown.tolist()))
+                self._know(connection, numbers)
+
+    def _know(self, connection: Transaction, numbers: NDArray[np.integer]) -> None:
+        """Take those of the items into the catalogue that it lacks."""
+        catalogue = self._scorer.catalogue
+        unknown = np.unique(numbers[catalogue.places(numbers) < 0])
+        if len(unknown):
+            catalogue.add(items.items_numbered(connection, unknown.tolist()))
 
     def _score(self, sets: SupportSets, held: list[bool], shown: SupportSets | None = None) -> _Scored:
         """The hold-out is scored as users of whom nothing is known; items seen are left out as for the others."""
@@ -407,9 +412,14 @@ class Adapt:
             found = items.items_after(connection, catalogue.read_up_to - _NUMBERS_BACK)
             catalogue.add(found)
             catalogue.read_up_to = found[-1][0] if found else catalogue.read_up_to
-            catalogue.set_ads(items.active_ads(connection, self._settings.adapt.ad_active_days))
+            ads = items.active_ads(connection, self._settings.adapt.ad_active_days)
             self._advertised = items.any_ads(connection)
             told = self._activity.read(connection)  # last: what is read here is not read again
+            # Whoever drew a number and was held up before the commit may come later than we look back.
+            advertised = np.array([number for _, number in ads], np.int64)
+            numbers = np.concatenate([told["item"], told["previous"].ravel(), advertised])
+            self._know(connection, numbers[numbers >= 0])
+        catalogue.set_ads(ads)
         with metrics.STEP_SECONDS.labels("trends").time():
             self._scorer.observe(told)
         self._refreshed_at = time.monotonic()  # at the end: what failed is tried again at once

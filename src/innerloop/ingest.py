@@ -214,6 +214,8 @@ class Ingest:
         except RetryError:
             self._unsure = True
             self._forget_all()
+            # It has read receipts of its own, which may not have been committed; their numbers may be given again.
+            self._suppression = Suppression()
             raise
         self._ledger.advanced(moved)
         self._unsure = False

@@ -96,9 +96,10 @@ class Fleet(threading.Thread):
         self._halt.set()
         self.join()
         for worker in self._workers:
-            worker.retired = True
             worker.send(signal.SIGCONT)
-            worker.send(signal.SIGTERM)
+            if not worker.retired:  # told twice, one that is about to have ended would die of it
+                worker.send(signal.SIGTERM)
+            worker.retired = True
         until = time.monotonic() + _STOP_SECONDS
         for worker in self._workers:
             with suppress(subprocess.TimeoutExpired):

@@ -64,6 +64,7 @@ def lists(run: SmallRun) -> dict[str, dict[str, Any]]:
     return {(record.key or b"").decode(): json.loads(record.value or b"") for record in records}
 
 
+@pytest.mark.timeout(600)  # some seventy workers start
 def test_a_kill_at_any_step_of_any_batch_changes_nothing(run: SmallRun, undisturbed: SmallRun) -> None:
     kills: dict[tuple[Kind, str], int] = {}
     for step in STEPS["ingest"]:

@@ -534,6 +534,25 @@ def test_an_item_that_comes_in_the_middle_of_a_refresh_counts(world: World, monk
         assert _names(record)[0] == "just come"
 
 
+def test_an_item_whose_writer_was_slow_counts_however_many_came_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number lies further back than a refresh looks."""
+    monkeypatch.setattr("innerloop.adapt._NUMBERS_BACK", 4)
+    _register_ranked(world, 2)
+    with running(with_adapt(world.settings, top=3)), world.engine.connect() as slow:
+        with slow.begin():
+            slow.execute(text("INSERT INTO items (item_id) VALUES ('late')"))
+            _tell(world, [f"n{n}" for n in range(10)])
+            _listed(world, lambda record: record.trends_version == 1)
+        world.show_ads({"ad": "late"})
+        _tell(world, ["late"] * 6)
+        record = _listed(world, lambda record: record.trends_version == 2)
+        assert _names(record)[0] == "late"
+        [newest] = [message.value() for message in world.log(world.settings.topics.ads)][-1:]
+        assert [ad.item_id for ad in msgspec.json.decode(newest or b"", type=AdScores).ads] == ["late"]
+
+
 def test_a_piece_whose_writer_was_slow_counts_once(world: World) -> None:
     _register_ranked(world, 2)
     with running(with_adapt(world.settings, top=2)), world.engine.connect() as slow:

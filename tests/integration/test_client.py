@@ -132,13 +132,13 @@ def test_a_group_shares_the_topic_and_goes_on_where_it_stopped(
     with ScoreReader(settings, group=group) as reader:
         first = [record.user_id for record in itertools.islice(reader, 50)]
     with ScoreReader(settings, group=group) as reader:
-        second = [record.user_id for record in reader.records(idle_seconds=10)]
+        second = [record.user_id for record in reader.records(idle_seconds=20)]
         assert sorted({*first, *second}) == sorted(f"u-{n}" for n in range(200))
         assert len(first) + len(second) == 201, "the record at hand when the loop was left comes again, no other"
         with ScoreReader(settings, group=group) as another:
             seen: list[list[str]] = [[], []]
             readers = [
-                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(10)))
+                threading.Thread(target=lambda n=n, r=r: seen[n].extend(each.user_id for each in r.records(20)))
                 for n, r in enumerate((reader, another))
             ]
             for thread in readers:

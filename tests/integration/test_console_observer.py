@@ -145,9 +145,8 @@ def test_after_a_failed_read_the_rate_is_a_mean_and_no_spike(
         raise ServiceError("Kafka does not tell the ends of its logs.")
 
     assert engine
-    source, topic = LiveSource(settings), settings.topics.clicks
+    source, topic, began = LiveSource(settings), settings.topics.clicks, time.monotonic()
     assert math.isnan(source.look().flows[topic].per_second)
-    began = time.monotonic()
     send(settings, topic, *[b"1"] * 100)
     with monkeypatch.context() as patched:
         patched.setattr(LogEnds, "read", fails)

@@ -171,8 +171,8 @@ def ingesting(settings: Settings) -> Iterator[Thread]:
     assert thread.error is None, repr(thread.error)
 
 
-def until(look: Callable[[], object], what: str, thread: Thread | None = None) -> None:
-    deadline = time.monotonic() + SECONDS
+def until(look: Callable[[], object], what: str, thread: Thread | None = None, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not look():
         assert thread is None or thread.error is None, repr(thread and thread.error)
         assert time.monotonic() < deadline, f"waited in vain: {what}"
@@ -526,7 +526,8 @@ def test_while_the_dead_letter_topic_is_away_the_partition_pauses_and_nothing_is
             ensure_topics(world.settings, {"dead_letters": catalogue()["dead_letters"]})
         else:
             _configure(world, "max.message.bytes", "1000000")
-        until(lambda: world.stored() == 4 and _committed(world) == 5, "goes on", thread)
+        # A producer that knows the topic is gone asks every 30 s whether it still is.
+        until(lambda: world.stored() == 4 and _committed(world) == 5, "goes on", thread, 90)
     said = capsys.readouterr().out + caplog.text
     assert f"{topic} did not take a record" in said or "has not taken" in said
     assert "Traceback" not in said
@@ -542,7 +543,8 @@ def test_while_dead_letters_are_refused_nobody_is_asked_again_and_again(world: W
     world.send(b"bad" * 100)  # both are there before the worker is, so that one batch holds them
     world.send(click(0))
     pauses = metrics.PAUSES._value.get()
-    with ingesting(world.settings) as thread:
+    patient = world.settings.ingest.model_copy(update={"poll_seconds": 0.5})
+    with ingesting(world.settings.model_copy(update={"ingest": patient})) as thread:
         until(lambda: metrics.PAUSES._value.get() > pauses + 3, "pauses", thread)
         until(lambda: world.stored() == 1, "stored", thread)
         assert end_offsets(world.settings, [world.settings.topics.requests]) == before

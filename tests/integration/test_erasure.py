@@ -490,6 +490,36 @@ def test_a_commit_of_unknown_outcome_is_looked_up(world: World, monkeypatch: pyt
     assert len(world.receipts("u")) == 1
 
 
+def test_a_receipt_that_was_rolled_back_hides_no_other_of_its_number(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that crashes before it has written may give a number again, and another process may be the next."""
+    original, lost = transaction, threading.Event()
+
+    @contextmanager
+    def crashing(engine: Any) -> Iterator[Any]:
+        try:
+            with original(engine) as connection:
+                yield connection
+                if not lost.is_set() and connection.execute(text("SELECT count(*) FROM erasures")).scalar_one():
+                    raise RetryError("gone, says the test")  # noqa: TRY301 - in the transaction, which rolls back
+        except RetryError:
+            lost.set()
+            world.run("ALTER TABLE erasures ALTER COLUMN number RESTART")
+            _erase(world, "another", NOW)
+            raise
+
+    monkeypatch.setattr(ingest_module, "transaction", crashing)
+    world.erase("u", NOW)
+    with running(world, "ingest") as threads:
+        world.caught_up(*threads)
+        world.send("another", NOW - HOUR, NOW + 1)
+        world.caught_up(*threads)
+    assert lost.is_set()
+    assert len(world.receipts("u")) == len(world.receipts("another")) == 1
+    assert world.sets() == {"another": [NOW + 1]}, "no past of who was erased"
+
+
 # --- races
 
 

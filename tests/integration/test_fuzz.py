@@ -200,6 +200,7 @@ def test_every_record_that_is_produced_is_stored_repeated_too_late_or_dead_lette
     ingest = IngestSettings(
         batch_size=20_000, cached_users=40_000, max_record_bytes=MAX_BYTES, breaker_window=window, poll_seconds=0.5
     )
+    monkeypatch.setattr("innerloop.ingest._FLUSH_SECONDS", 60.0)  # thousands of letters at once are one batch's
     settings = settings.model_copy(update={"ingest": ingest})
     topics = settings.topics
     ensure_topics(settings)

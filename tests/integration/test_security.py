@@ -232,6 +232,14 @@ def test_a_watch_that_may_not_read_is_no_watch_and_says_so(secured: Secured) -> 
         watch.close()
 
 
+def is_refused(settings: Settings) -> bool:
+    """Whether somebody new may not read names."""
+    names = Names(settings)
+    names.read()
+    names.close()
+    return bool(names.notice)
+
+
 def test_names_that_may_not_be_read_are_ids_and_the_console_says_why(
     secured: Secured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +257,7 @@ def test_names_that_may_not_be_read_are_ids_and_the_console_says_why(
         rule = (*place, f"User:{USER}", "*", operation, AclPermissionType.DENY)
         secured.kafka.allow([AclBinding(*rule)])
         try:
+            wait_for(lambda: is_refused(settings))  # rules come into force a moment later
             wait_for(lambda says=says: turned(says))  # type: ignore[misc]
             assert "shown by their ids" in names.notice
             assert names.of(["a"]) == {}

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,7 @@ import torch
 from structlog.testing import capture_logs
 
 from innerloop.config import Settings
-from innerloop.errors import SettingsError
+from innerloop.errors import ServiceError, SettingsError
 from innerloop.evaluation.shop import Process, Shop
 from innerloop.learning.described import COLUMNS
 from innerloop.learning.releases import load
@@ -23,6 +24,7 @@ from innerloop.streams import clients
 from innerloop.streams.publisher import Publisher
 from innerloop.streams.topics import catalogue, ensure_topics
 from innerloop.support import EXAMPLE, SupportSets
+from innerloop.worker import train as train_module
 from innerloop.worker.demo.names import publish_items
 from innerloop.worker.train import Source, run_train
 from innerloop.worker.train_items import items_on_topic
@@ -96,6 +98,32 @@ def test_a_file_of_other_identifiers_is_refused(settings: Settings, tmp_path: Pa
     (tmp_path / "items.csv").write_text("item_id,name\n00001,Shoe\n")
     with pytest.raises(SettingsError, match=r"describes no item that anybody met \(00001 there and item-.*compare"):
         run_train(settings, Source(tmp_path / "events.parquet", items=tmp_path / "items.csv"))
+
+
+def test_a_training_that_another_has_overtaken_leaves_the_other_s_release_alone(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would write the same files, and neither card would be of what lies there."""
+    ensure_topics(settings)
+    Shop(0, users=60, items=100).history(1_000).write_parquet(tmp_path / "events.parquet")
+    Shop(1, users=60, items=100).history(1_500).write_parquet(tmp_path / "others.parquet")
+    trained = train_module._trained
+
+    def slow(*arguments: Any) -> Any:
+        made = trained(*arguments)
+        monkeypatch.setattr(train_module, "_trained", trained)
+        run_train(settings, Source(tmp_path / "others.parquet"))
+        return made
+
+    monkeypatch.setattr(train_module, "_trained", slow)
+    with pytest.raises(ServiceError, match=r"^Another training has registered release 1 meanwhile"):
+        run_train(settings, Source(tmp_path / "events.parquet"))
+    with transaction(connect(settings.database)) as connection:
+        (newest,) = newest_few(connection, 2)
+    assert load(newest.location, newest.card).card.data.events == 1_500
+    run_train(settings, Source(tmp_path / "events.parquet"))
+    with transaction(connect(settings.database)) as connection:
+        assert [each.version for each in newest_few(connection, 2)] == [2, 1]
 
 
 @pytest.mark.parametrize("hours", [12.0, 600_000.0])

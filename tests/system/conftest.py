@@ -40,7 +40,7 @@ def bare_shell(tmp_path: Path) -> Iterator[Shell]:
     yield from _shell(tmp_path, {})
 
 
-def _wait_for(look: Callable[[], object], seconds: float = 30.0) -> None:
+def _wait_for(look: Callable[[], object], seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not look():
         assert time.monotonic() < until, "waited in vain"

@@ -280,7 +280,7 @@ def stored_events(settings: Settings) -> dict[tuple[str, int], int]:
 @pytest.mark.timeout(600)
 def test_a_stream_is_judged_offline_and_through_kafka_alike(bare_shell: Shell) -> None:
     Shop(2, users=60, items=120).history(1_500).write_parquet(bare_shell.folder / "shop.parquet")
-    command = ["evaluate", "stream", "--data", "shop.parquet", "--report", "out", "--through-kafka", "--rate", "100"]
+    command = ["evaluate", "stream", "--data", "shop.parquet", "--report", "out", "--through-kafka", "--rate", "40"]
     done = bare_shell.finish(bare_shell.start(*command, "--draws", "20"), seconds=500)
     assert done.code == 0, done.err
     report = json.loads((bare_shell.folder / "out" / "report.json").read_text())

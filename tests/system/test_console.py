@@ -50,6 +50,9 @@ FRAMED = """() => {
     return framed(document.activeElement) || framed(field)
 }"""
 """Whether it is seen what has the focus: of a field, its frame tells."""
+TEXTS = """table => [...table.querySelectorAll('thead tr, tbody tr')].map(
+    row => [...row.children].map(cell => cell.textContent.trim())
+)"""
 ODD_NAMES = (
     "跑鞋, حذاء الجري",
     "<img src=x onerror=alert(1)> {{ 7 * 7 }} & Sons",
@@ -181,12 +184,15 @@ def edge(page: Page, name: str) -> Locator:
     return page.locator(f"[data-test=edge-{name}]")
 
 
+def rows_of(page: Page, table: str) -> list[dict[str, str]]:
+    """A table's rows, by title, all of one moment: in the next there may be others."""
+    titles, *rows = page.locator(f"[data-test={table}]").evaluate(TEXTS)
+    return [dict(zip(titles, row, strict=True)) for row in rows if len(row) == len(titles)]
+
+
 def column(page: Page, table: str, title: str) -> list[str]:
     """The cells of a table's column."""
-    rows = page.locator(f"[data-test={table}]")
-    titles = rows.locator("thead th").all_text_contents()
-    cells = rows.locator(f"tbody tr td:nth-child({titles.index(title) + 1})")
-    return [cell.strip() for cell in cells.all_text_contents()]
+    return [row[title] for row in rows_of(page, table)]
 
 
 def plotted(page: Page, name: str) -> dict[str, list[tuple[int, float]]]:
@@ -260,18 +266,23 @@ def the_tables_are_as_the_broker_and_the_database_say(page: Page, loop: Loop) ->
     assert column(page, "letters", "letters") == ["1"]
     assert "JSON" in column(page, "letters", "example")[0]
     assert column(page, "releases", "version") == ["1"]
-    assert column(page, "processes", "up") == ["yes"] * 3
+    loop.wait_for(lambda: column(page, "processes", "up") == ["yes"] * 3, 60)  # one may answer late for once
     expect(page.locator("[data-test=partitions]")).to_contain_text(settings.kafka.quality_group)
-    counted = Counter(zip(column(page, "partitions", "group"), column(page, "partitions", "topic"), strict=True))
     topics, kafka = settings.topics, settings.kafka
     judged = (topics.clicks, topics.purchases, topics.recommendations, topics.ads)
-    assert counted == Counter(
+    wanted = Counter(
         {(kafka.ingest_group, topic): topics.partitions for topic in topics.ingested}
         | {(kafka.adapt_group, topics.requests): topics.partitions}
         | {(kafka.quality_group, topic): topics.partitions for topic in judged}
     )
-    assert "nobody" not in column(page, "partitions", "owner")
-    assert set(column(page, "partitions", "status")) <= {"ok", "warning"}
+
+    def all_is_well() -> bool:
+        """Once quality has joined and committed: nothing before has waited for that."""
+        rows = rows_of(page, "partitions")
+        assert Counter((row["group"], row["topic"]) for row in rows) == wanted
+        return all(row["owner"] != "nobody" and row["status"] in {"ok", "warning"} for row in rows)
+
+    loop.wait_for(all_is_well, 60)
 
 
 def the_quality_is_as_it_was_told(page: Page, loop: Loop, wait_for: Wait) -> None:
@@ -285,8 +296,18 @@ def the_quality_is_as_it_was_told(page: Page, loop: Loop, wait_for: Wait) -> Non
 
     wait_for(judged, 180)
     wait_for(lambda: shown_quality(page) == told_quality(windows(loop.settings)[-1]), 120)
-    told = windows(loop.settings)
-    wanted: dict[str, Any] = {
+
+    def is_plotted() -> bool:
+        """Another window may be told at any moment."""
+        wanted = told_hit_rates(windows(loop.settings))
+        assert wanted["adapted"]
+        return {name.replace("-", "_"): points for name, points in plotted(page, "hit-rate").items()} == wanted
+
+    wait_for(is_plotted, 60)
+
+
+def told_hit_rates(told: list[QualityWindow]) -> dict[str, Any]:
+    return {
         arm: [
             (window.window_end, pytest.approx(at.hit_rate))
             for window in told
@@ -296,16 +317,12 @@ def the_quality_is_as_it_was_told(page: Page, loop: Loop, wait_for: Wait) -> Non
         ]
         for arm in ("adapted", "hold_out", "placebo")
     }
-    assert wanted["adapted"]
-    wait_for(
-        lambda: {name.replace("-", "_"): points for name, points in plotted(page, "hit-rate").items()} == wanted, 60
-    )
 
 
 def shown_quality(page: Page) -> dict[tuple[str, str], list[str]]:
-    titles = ("arm", "model", "users", "clicks", "hit@10", "mrr@10", "hit@20", "mrr@20")
-    rows = zip(*(column(page, "quality-table", title) for title in titles), strict=True)
-    return {(arm.replace("-", "_"), model): figures for arm, model, *figures in rows}
+    titles = ("users", "clicks", "hit@10", "mrr@10", "hit@20", "mrr@20")
+    rows = rows_of(page, "quality-table")
+    return {(row["arm"].replace("-", "_"), row["model"]): [row[title] for title in titles] for row in rows}
 
 
 def told_quality(window: QualityWindow) -> dict[tuple[str, str], list[str]]:
@@ -416,6 +433,11 @@ def a_click_moves_the_list(page: Page, loop: Loop, names: dict[str, str], wait_f
 
 def the_plots_are_what_was_measured(page: Page, loop: Loop, wait_for: Wait) -> None:
     wait_for(lambda: all(plotted(page, "latency").values()), 60)
+
+    def answered() -> bool:
+        return scrape(loop.targets[:1])[0].up
+
+    wait_for(answered)
     (adapt,) = scrape(loop.targets[:1])
     low, high = bounds(adapt, "innerloop_event_to_score_seconds")
     points = plotted(page, "latency")

@@ -90,7 +90,7 @@ def test_control_c_stops_all_of_it(bare_shell: Shell) -> None:
     time.sleep(2.0)
     assert len(ours(mark)) > 4, "the demo, its workers, Kafka and PostgreSQL"
     demo.send_signal(signal.SIGINT)
-    result = bare_shell.finish(demo, 30)
+    result = bare_shell.finish(demo, 120)
     assert result.code == 0, result
     assert "Traceback" not in result.err
     checked(bare_shell.folder / "f.json")

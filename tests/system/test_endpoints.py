@@ -106,7 +106,7 @@ def test_who_was_stopped_by_the_breaker_shows_it_for_a_while_and_leaves_at_once_
     wait_for(lambda: "are bad, the first is" in get(port, "/livez")[1])
     code, why = get(port, "/readyz")
     assert (code, get(port, "/livez")) == (503, (200, why)), "it lives on purpose: nobody is to kill it"
-    assert members_with_partitions(settings.kafka, settings.kafka.ingest_group) == 0, "it has left its group"
+    wait_for(lambda: members_with_partitions(settings.kafka, settings.kafka.ingest_group) == 0)  # it has left its group
     lingering.terminate()
     left = shell.finish(lingering, 15)
     assert left.code == 1

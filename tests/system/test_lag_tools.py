@@ -24,6 +24,7 @@ Wait = Callable[..., None]
 Partition = tuple[str, int]
 EVENT = '{{"event_id":"e{0}","event_type":"click","user_id":"u{1}","item_id":"i","event_time":1750000000000}}'
 MAIN = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
+DESCRIBE = ["--describe", "--timeout", "50000"]
 
 
 def described_by_kafka(settings: Settings) -> dict[Partition, tuple[int, int]]:
@@ -32,7 +33,7 @@ def described_by_kafka(settings: Settings) -> dict[Partition, tuple[int, int]]:
     tool = fetch_jar(maven(cache_folder(version)), f"org.apache.kafka:kafka-tools:{version}")
     path = os.pathsep.join(map(str, [tool, *provide_jars(version, lambda _line: None)]))
     where = ["--bootstrap-server", settings.kafka.bootstrap_servers, "--group", settings.kafka.ingest_group]
-    command = [str(find_java().path), "-Xmx128m", "-XX:TieredStopAtLevel=1", "-cp", path, MAIN, *where, "--describe"]
+    command = [str(find_java().path), "-Xmx128m", "-XX:TieredStopAtLevel=1", "-cp", path, MAIN, *where, *DESCRIBE]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(settings.kafka.ingest_group)]
     assert rows, done.stdout + done.stderr

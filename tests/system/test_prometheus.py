@@ -99,7 +99,7 @@ def prometheus(ports: dict[str, int], tmp_path: Path) -> Iterator[Prometheus]:
 def loop(shell: Shell, settings: Settings, ports: dict[str, int]) -> Callable[[str], Any]:
     """A released model and a steady stream of events; called with a command, it starts that with its listener."""
     ensure_topics(settings)
-    history = Shop(5, users=300, items=200).history(12_000)
+    history = Shop(5, users=300, items=200).history(48_000)  # 20 minutes of it
     history.head(3_000).write_csv(shell.folder / "history.csv")
     history.write_csv(shell.folder / "events.csv")
     trained = shell.finish(shell.start("train", "--events", "history.csv"), 120)

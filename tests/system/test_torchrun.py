@@ -47,7 +47,7 @@ def test_two_processes_train_together_and_one_registers_the_release(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -144,9 +144,9 @@ class _Demo:
             )
             stopping = stop_on_signals()
             console.print(f"== the loop runs {_since(started)}{self._page_sentence()}", highlight=False)
-            began = time.monotonic()
             with LagReader(self._settings) as lags:
                 self.lag(lags)  # the first look opens connections, which would hold up the events
+                began = time.monotonic()
                 self._replay(source, pool, lags, rate=rate, seconds=seconds, stopping=stopping, console=console)
                 self._producer.finish()
                 self._report.seconds = round(time.monotonic() - began, 3)

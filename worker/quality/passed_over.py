@@ -10,8 +10,8 @@ from aiokafka.errors import IllegalStateError
 from faust.types import TP
 
 _LOG = structlog.get_logger(__name__)
-_EVERY_SECONDS = 1.0  # what Faust still had in hand may undo the seek
-_MOST_ATTEMPTS = 5
+_FIRST_SECONDS = 1.0  # what Faust still had in hand may undo the seek
+_MOST_ATTEMPTS = 5  # each with twice the time: another seek drops what a slow broker is about to send
 
 
 class PassedOver:
@@ -24,7 +24,7 @@ class PassedOver:
     async def before(self, offset: int, expected: int) -> bool:
         """Whether this record must wait for others from `expected` (0: nothing is) on: then it comes again after them.
 
-        What Kafka has removed is not waited for, and nothing for longer than some seconds.
+        What Kafka has removed is not waited for, and nothing for longer than half a minute.
         """
         if expected == 0 or offset <= expected:
             self._expected = -1
@@ -44,7 +44,8 @@ class PassedOver:
         return True
 
     async def _read_again(self) -> None:
-        self._attempts, self._again_at = self._attempts + 1, time.monotonic() + _EVERY_SECONDS
+        self._again_at = time.monotonic() + _FIRST_SECONDS * 2**self._attempts
+        self._attempts += 1
         _LOG.info("records that Faust passed over are read again", first=self._first)
         with suppress(IllegalStateError):  # it has just moved to another process, which sees the gap, too
             await self._app.consumer.seek_wait({self._partition: self._first})

@@ -10,7 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ POLL = 0.02
 """Seconds between two looks at whether a server is ready."""
 LOG_TAIL = 400
 """Characters of the log that an error quotes."""
+_GIVEN: set[int] = set()  # ports: who got one may not listen yet
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,16 @@ def _gist(log: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of 127.0.0.1 that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
+    """Different TCP ports of 127.0.0.1 that nobody listens on now, none of them given here before."""
+    with ExitStack() as drawn:
+        ports: list[int] = []
+        while len(ports) < count:  # all stay bound until there are enough: no port is drawn twice
+            sock = drawn.enter_context(socket.socket())
             sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+            if (port := int(sock.getsockname()[1])) not in _GIVEN:
+                ports.append(port)
+        _GIVEN.update(ports)
+        return ports
 
 
 def require_free(name: str, ports: Sequence[int]) -> None:

@@ -10,8 +10,8 @@ from innerloop.store.database import cursor_of, transaction
 
 MAX_CACHED_ITEMS = 2_000_000
 NUMBERS_AT_ONCE = 500
-"""New items in one transaction. A number can be committed after a higher one, by at most this many for each writer at
-work: readers that follow the numbers look back for it."""
+"""New items in one transaction. A number can be committed after a higher one, as a rule by no more than this many for
+each writer at work: readers that follow the numbers look back for it."""
 
 # Sorted, so that two processes that meet the same new items never wait for each other in a circle.
 _INTERN = """

@@ -6,6 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+_REGISTERING = 0x696E6E65726C6F70  # "innerlop": any number that nobody else locks
+
 
 @dataclass(frozen=True)
 class RegisteredRelease:
@@ -16,8 +18,14 @@ class RegisteredRelease:
 
 
 def next_version(connection: Connection) -> int:
-    """One above the newest; two trainings at once collide on the primary key and the second is told."""
+    """One above the newest; whoever then saves and registers it holds `registering` and looks again."""
     return int(connection.execute(text("SELECT coalesce(max(version), 0) + 1 FROM releases")).scalar_one())
+
+
+def registering(connection: Connection) -> None:
+    """From here to the end of the transaction nobody else saves or registers a release: their files have one name."""
+    connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '10min'"))  # a large one, a slow disk
+    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _REGISTERING})
 
 
 def register(connection: Connection, version: int, card: dict[str, Any], location: str) -> None:
