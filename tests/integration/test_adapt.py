@@ -549,7 +549,7 @@ def test_an_item_whose_writer_was_slow_counts_however_many_came_meanwhile(
         _tell(world, ["late"] * 6)
         record = _listed(world, lambda record: record.trends_version == 2)
         assert _names(record)[0] == "late"
-        [newest] = [message.value() for message in world.log(world.settings.topics.ads)][-1:]
+        newest = wait_for(lambda: world.log(world.settings.topics.ads))[-1].value()
         assert [ad.item_id for ad in msgspec.json.decode(newest or b"", type=AdScores).ads] == ["late"]
 
 

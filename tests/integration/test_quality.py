@@ -300,8 +300,7 @@ def test_kills_stops_and_rebalances_in_mid_window_cost_little_and_count_nothing_
         with running(quality, 2) as (second, third):
             wait_for(lambda: members_with_partitions(quality.kafka, group) == 2)
             shop.go_on(200)
-            # Of what Faust has fetched and not read when partitions move, only the sample's is read again.
-            wait_for(lambda: not sum(each.offsets for each in group_lag(quality, group, [quality.topics.clicks])))
+            time.sleep(1.0)
             second.terminate()
             assert second.wait(30) == 0
             shop.go_on(200)
@@ -313,7 +312,12 @@ def test_kills_stops_and_rebalances_in_mid_window_cost_little_and_count_nothing_
     assert set(found) == set(expected)
     clicks = {start: window["without_list"] + len(window["judged"]) for start, window in expected.items()}
     assert all(found[start]["clicks"] <= clicks[start] for start in found)
-    assert sum(window["clicks"] for window in found.values()) >= 0.98 * sum(clicks.values())
+    # Minutes of the shop are sent at once here: after a pause of `idle_seconds`, while a process starts, the first
+    # partition to be read may close windows that the others' clicks are of. Those are told as late, and so is what is
+    # read again of a closed window.
+    counted = sum(window["clicks"] for window in found.values())
+    late = sum({window["window_start"]: window["late"] for window in windows(quality)}.values())
+    assert counted + late >= 0.98 * sum(clicks.values())
     assert sum(window["without_list"] for window in found.values()) < 1.2 * sum(
         window["without_list"] for window in expected.values()
     ), "what was remembered of the users came through"
